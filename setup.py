@@ -1,0 +1,194 @@
+"""Builds charrnn_fast._C. Everything else about the package is in pyproject.toml.
+
+Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA=1|0 (build the
+CUDA sources, or not; they are left out unless asked for, as no device has run them yet),
+CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
+CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
+sanitizer builds use them).
+"""
+
+import glob
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+if sys.version_info < (3, 10):  # noqa: UP036  setup.py may be run by hand
+    sys.exit(f"error: charrnn_fast needs Python 3.10+; this is {platform.python_version()}.")
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+# An extension must be built against the torch it will run with. Under pip's build isolation the
+# environment that pip installs into is hidden; its torch is still the one to build against.
+if importlib.util.find_spec("torch") is None:
+    sys.path.append(sysconfig.get_path("purelib"))
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+
+# Newer torch puts ccache before the compiler by itself, and fails where CXX already has it.
+for variable in ("CC", "CXX"):
+    wrapper, _, compiler = os.environ.get(variable, "").partition(" ")
+    if os.path.basename(wrapper) in ("ccache", "sccache") and compiler:
+        os.environ[variable] = compiler.strip()
+
+EXTRA_CXX_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_CXXFLAGS", ""))
+EXTRA_LD_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_LDFLAGS", ""))
+
+# Contraction is off so that results depend on the source alone: every FMA is written out.
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-g0", "-Wall", "-Wextra"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fstack-protector-strong"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+]
+LD_FLAGS = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
+
+# What csrc/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more than the
+# machine's baseline, so that one binary serves every CPU.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
+ISA_FLAGS = {
+    "x86_64": {
+        "baseline": "",
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": AVX512,
+        "avx512bf16": AVX512 + " -mavx512bf16",
+    },
+    "aarch64": {"baseline": "", "neon": ""},
+}.get(os.environ.get("CHARRNN_FAST_MACHINE") or platform.machine(), {"baseline": ""})
+
+
+def isa_sources():
+    """The ISA files to build on this machine, with the flags of each."""
+    paths = {isa: f"csrc/isa_{isa}.cpp" for isa in ISA_FLAGS}
+    return {path: ISA_FLAGS[isa].split() for isa, path in paths.items() if os.path.exists(path)}
+
+
+def with_cuda():
+    """Whether the CUDA sources are part of this build."""
+    forced = os.environ.get("CHARRNN_FAST_CUDA", "")
+    if forced not in ("", "0", "1"):
+        sys.exit(f"error: CHARRNN_FAST_CUDA must be 1 or 0, not {forced!r}.")
+    # Until they have been linked and run on a device, they are built on request only.
+    return HAVE_TORCH and forced == "1" and bool(glob.glob("csrc/cuda/*.cu"))
+
+
+def extension():
+    """The extension: binding files here, ISA files as objects of their own (see BuildKernels)."""
+    sources = sorted(set(glob.glob("csrc/*.cpp")) - set(glob.glob("csrc/isa_*.cpp")))
+    headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
+    if not HAVE_TORCH:
+        return Extension("charrnn_fast._C", sources, depends=headers)
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    cuda = with_cuda()
+    if cuda:
+        sources += sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
+    ext = (CUDAExtension if cuda else CppExtension)("charrnn_fast._C", sources)
+    # torch's headers are not ours to warn about.
+    system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
+    ext.include_dirs = [os.path.abspath("csrc")]
+    # at::parallel_for is serial, without a word, where OpenMP is not on.
+    ext.extra_compile_args = {
+        "cxx": [*CXX_FLAGS, "-fopenmp", *system, *EXTRA_CXX_FLAGS],
+        "nvcc": ["-O3", "-std=c++20", *system],
+    }
+    ext.extra_link_args = ["-fopenmp", *LD_FLAGS, *EXTRA_LD_FLAGS]
+    ext.depends = [*headers, *isa_sources(), "setup.py"]
+    return ext
+
+
+def check_toolchain():
+    """Exits with one line when something that the build needs is missing."""
+    if not HAVE_TORCH:
+        sys.exit(
+            "error: torch is not installed in this environment; charrnn_fast is built against the "
+            "torch it will run with. Install torch >= 2.9, then: pip install --no-build-isolation ."
+        )
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        sys.exit(
+            "error: Python.h was not found; install the Python development headers "
+            "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
+        )
+    named = os.environ.get("CXX")
+    compilers = [shlex.split(named)[0]] if named else ["c++", "g++", "clang++"]
+    found = next((compiler for compiler in compilers if shutil.which(compiler)), None)
+    if found is None:
+        sys.exit(
+            f"error: no C++ compiler was found (looked for {', '.join(compilers)}); install g++ 11 "
+            "or newer, or clang (Debian, Ubuntu: apt install g++), or name one with CXX=..."
+        )
+    if not named:
+        os.environ["CXX"] = found
+
+
+if HAVE_TORCH:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildKernels(BuildExtension):
+        """Compiles each ISA file with its own flags, and links the objects into the extension."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            # One folder for every way of building (in place, editable, wheel), so that they share
+            # objects; another torch means another folder.
+            abi = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            sanitized = "-sanitized" if EXTRA_CXX_FLAGS else ""
+            self.build_temp = os.path.join("build", f"{abi}-torch-{torch.__version__}{sanitized}")
+
+        def run(self):
+            check_toolchain()
+            super().run()
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # the compiler has said what is wrong
+                raise CompileError(str(error)) from None
+
+        def build_extension(self, ext):
+            def build_isa(item):
+                source, flags = item
+                name = os.path.splitext(os.path.basename(source))[0]
+                return self.compiler.compile(
+                    [source],
+                    output_dir=os.path.join(self.build_temp, name),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*CXX_FLAGS, *flags, *EXTRA_CXX_FLAGS],
+                )
+
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs if self.use_ninja else 1) as pool:
+                for objects in pool.map(build_isa, isa_sources().items()):
+                    ext.extra_objects += objects
+            super().build_extension(ext)
+            with open(self.version_file(self.build_lib), "w", encoding="ascii") as file:
+                file.write(torch.__version__ + "\n")
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            shutil.copy(self.version_file(self.build_lib), self.version_file("."))
+
+        def get_outputs(self):
+            return [*super().get_outputs(), self.version_file(self.build_lib)]
+
+        @staticmethod
+        def version_file(root):
+            """Where charrnn_fast/_extension.py reads which torch the extension was built with."""
+            return os.path.join(root, "charrnn_fast", "_C.torch")
+
+else:
+
+    class BuildKernels(build_ext):
+        """Says what is missing."""
+
+        def run(self):
+            check_toolchain()
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Says in one line what this machine lacks for a build. Usage: tools/preflight.sh PYTHON
+python=$1
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+command -v "$python" >/dev/null || fail "$python was not found; install Python 3.10 or newer, or name one: make PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  fail "charrnn_fast needs Python 3.10 or newer; $python is $("$python" -V 2>&1). Name another: make PYTHON=..."
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python cannot make virtual environments; install its venv package (Debian, Ubuntu: apt install python3-venv)."
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+  fail "Python.h was not found; install the headers of $python (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
+if [ -n "$CXX" ]; then
+  command -v "${CXX%% *}" >/dev/null || fail "the C++ compiler named by CXX, $CXX, was not found."
+elif ! { command -v c++ || command -v g++ || command -v clang++; } >/dev/null; then
+  fail "no C++ compiler was found; install g++ 11 or newer, or clang (Debian, Ubuntu: apt install g++)."
+fi
