@@ -1,0 +1,132 @@
+// tanh, sigmoid, relu on vectors, and their derivatives from the result.
+//
+// tanh and sigmoid stand on one core: with |r| <= ln2/2 and x = n ln2 + r, exp(x) = 2^n (1 + p(r)),
+// p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
+// (Remez). Accuracy (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
+
+template <typename scalar>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f;  // few bits, so that n * kLn2High is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kTanhSaturates = 9.1f;    // tanh rounds to 1 from here on
+  static constexpr float kExpUnderflows = 110.0f;  // exp(-x) is 0 from here on
+  static constexpr int kTerms = 6;                 // relative error of p: 3.8e-10
+  static constexpr float kQ[kTerms] = {0.5000000004f,   0.1666666631f,   0.0416664716f,
+                                       0.008333416274f, 0.001393395312f, 0.0001982654532f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kTanhSaturates = 19.1;
+  static constexpr double kExpUnderflows = 760.0;
+  static constexpr int kTerms = 11;  // relative error of p: 2.7e-19
+  static constexpr double kQ[kTerms] = {0.5,
+                                        0.16666666666666676,
+                                        0.0416666666666665559,
+                                        0.00833333333332199971,
+                                        0.00138888888889488709,
+                                        0.00019841269885316173,
+                                        0.0000248015871902529222,
+                                        2.75572449358197115e-6,
+                                        2.75573917523670097e-7,
+                                        2.51088076548279416e-8,
+                                        2.08778794590950664e-9};
+};
+
+// x = n ln2 + r split into p = expm1(r) and the bits of kMagic + n.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> reduced_expm1(Vec<scalar> x, Vec<scalar>& magic_plus_n) {
+  using C = ExpConstants<scalar>;
+  constexpr scalar kLog2E = static_cast<scalar>(1.44269504088896340736);
+  const Vec<scalar> magic = broadcast(C::kMagic);
+  magic_plus_n = multiply_add(x, broadcast(kLog2E), magic);
+  const Vec<scalar> n = magic_plus_n - magic;
+  Vec<scalar> r = multiply_add(n, broadcast(-C::kLn2High), x);
+  r = multiply_add(n, broadcast(-C::kLn2Low), r);
+  Vec<scalar> q = broadcast(C::kQ[C::kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = C::kTerms - 2; i >= 0; --i) q = multiply_add(q, r, broadcast(C::kQ[i]));
+  return multiply_add(r * r, q, r);
+}
+
+// 2^n for n in the normal range, given as an integer vector.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> power_of_two(Vec<Bits<scalar>> n) {
+  const Vec<Bits<scalar>> one = bit_cast<Vec<Bits<scalar>>>(broadcast(scalar{1}));
+  return bit_cast<Vec<scalar>>((n << ExpConstants<scalar>::kMantissaBits) + one);
+}
+
+template <typename scalar>
+ALWAYS_INLINE Vec<Bits<scalar>> sign_bit(Vec<scalar> x) {
+  return bit_cast<Vec<Bits<scalar>>>(x) & bit_cast<Vec<Bits<scalar>>>(broadcast(-scalar{0}));
+}
+
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> magnitude(Vec<scalar> x) {
+  return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(x) ^ sign_bit<scalar>(x));
+}
+
+// tanh|x| = e / (e + 2) with e = expm1(2|x|): no cancellation anywhere, so small x keep their
+// digits.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> tanh(Vec<scalar> x) {
+  Vec<scalar> z = magnitude<scalar>(x);
+  const Vec<scalar> limit = broadcast(ExpConstants<scalar>::kTanhSaturates);
+  z = select<scalar>(z > limit, limit, z);  // this way round a NaN stays
+  Vec<scalar> magic_plus_n;
+  const Vec<scalar> p = reduced_expm1<scalar>(z + z, magic_plus_n);
+  // The shift in power_of_two drops the bits of kMagic, which are all above those of n.
+  const Vec<scalar> s = power_of_two<scalar>(bit_cast<Vec<Bits<scalar>>>(magic_plus_n));
+  const Vec<scalar> e = multiply_add(s, p, s - broadcast(scalar{1}));
+  const Vec<scalar> result = e / (e + broadcast(scalar{2}));
+  return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(result) | sign_bit<scalar>(x));
+}
+
+// With e = exp(-|x|): 1/(1+e) for x >= 0, e/(1+e) below, so that tiny results keep their digits.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> sigmoid(Vec<scalar> x) {
+  const Vec<scalar> one = broadcast(scalar{1});
+  const Vec<scalar> limit = broadcast(ExpConstants<scalar>::kExpUnderflows);
+  Vec<scalar> z = magnitude<scalar>(x);
+  z = select<scalar>(z > limit, limit, z);
+  Vec<scalar> magic_plus_n;
+  const Vec<scalar> p = reduced_expm1<scalar>(-z, magic_plus_n);
+  const Vec<Bits<scalar>> n = bit_cast<Vec<Bits<scalar>>>(magic_plus_n) -
+                              bit_cast<Vec<Bits<scalar>>>(broadcast(ExpConstants<scalar>::kMagic));
+  // 2^n may be denormal: scale in two steps.
+  const Vec<Bits<scalar>> half = n >> 1;
+  const Vec<scalar> e = (one + p) * power_of_two<scalar>(half) * power_of_two<scalar>(n - half);
+  return select<scalar>(x < broadcast(scalar{0}), e, one) / (one + e);
+}
+
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> relu(Vec<scalar> x) {
+  const Vec<scalar> zero = {};
+  return select<scalar>(x < zero, zero, x);  // this way round a NaN stays
+}
+
+template <Activation activation, typename scalar>
+ALWAYS_INLINE Vec<scalar> activate(Vec<scalar> x) {
+  if constexpr (activation == Activation::kTanh) return tanh<scalar>(x);
+  if constexpr (activation == Activation::kSigmoid) return sigmoid<scalar>(x);
+  return relu<scalar>(x);
+}
+
+// g * act'(sum inside act), from y = act(that sum).
+template <Activation activation, typename scalar>
+ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
+  const Vec<scalar> one = broadcast(scalar{1});
+  if constexpr (activation == Activation::kTanh) return g * multiply_add(-y, y, one);
+  if constexpr (activation == Activation::kSigmoid) return g * (y * (one - y));
+  const Vec<scalar> zero = {};
+  return select<scalar>(y <= zero, zero, g);
+}

@@ -1,0 +1,233 @@
+// Autograd of the two ops. A Node of our own rather than a torch::autograd::Function: it costs less
+// per call and works inside torch.func's grad, which refuses the latter.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <type_traits>
+
+#include "layer.h"
+
+namespace charrnn_fast {
+namespace {
+
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+const auto& layer_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("charrnn_fast::rnn_layer", "")
+                             .typed<LayerOp>();
+  return op;
+}
+
+const auto& layer_backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("charrnn_fast::rnn_layer_backward", "")
+                             .typed<LayerBackwardOp>();
+  return op;
+}
+
+Optional defined_or_none(const Tensor& tensor) {
+  return tensor.defined() ? Optional(tensor) : std::nullopt;
+}
+
+// torch >= 2.12 holds nodes in an intrusive_ptr, earlier releases in a shared_ptr.
+using NodePtr = std::decay_t<decltype(std::declval<torch::autograd::Edge>().function)>;
+template <typename T, typename Pointer = NodePtr>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    // Found by argument-dependent look-up, where it exists.
+    return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+// Whether a tensor still has the value that it had when this was made.
+class Version {
+ public:
+  Version() = default;
+  explicit Version(const Tensor& tensor) {
+    if (tensor.is_inference()) return;
+    counter_ = torch::autograd::impl::version_counter(tensor);
+    expected_ = counter_.current_version();
+  }
+  bool unchanged() const { return !counter_.enabled() || counter_.current_version() == expected_; }
+
+ private:
+  c10::VariableVersion counter_;
+  uint32_t expected_ = 0;
+};
+
+// A weight. Where backward reads its value, a change before it must be an error; nn.RNN allows
+// changes of the others (the biases, and W_ih where the input needs no gradient), so those are kept
+// as they are.
+struct SavedWeight {
+  SavedVariable saved;
+  Tensor kept;
+  Version version;
+
+  SavedWeight(const Tensor& weight, bool read) {
+    if (read) {
+      saved = SavedVariable(weight, false);
+    } else {
+      kept = weight;
+      version = Version(weight);
+    }
+  }
+  Tensor unpack() const { return kept.defined() ? kept : saved.unpack(); }
+  bool unchanged() const { return !kept.defined() || version.unchanged(); }
+  void reset() {
+    saved.reset_data();
+    kept.reset();
+  }
+};
+
+struct RnnLayerBackward : public Node {
+  std::string name() const override { return "RnnLayerBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    input.reset_data();
+    hx.reset_data();
+    for (SavedWeight& weight : weights) weight.reset();
+    y.reset_data();
+    released = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list result(2 + weights.size());
+    if (!grads[0].defined() && !grads[1].defined()) return result;
+
+    const Tensor x = input.unpack();
+    const Optional h0 = has_hx ? Optional(hx.unpack()) : std::nullopt;
+    std::vector<Tensor> params;
+    params.reserve(weights.size());
+    bool weights_unchanged = true;
+    for (const SavedWeight& weight : weights) {
+      params.push_back(weight.unpack());
+      weights_unchanged = weights_unchanged && weight.unchanged();
+    }
+    const Optional sizes = defined_or_none(batch_sizes), ragged = defined_or_none(lengths);
+    // nn.RNN saves a private copy of each step, so its output may be changed in place. We save the
+    // output itself; when it has been changed, it is computed once more, to the same bits.
+    const bool again = !y_version.unchanged() && weights_unchanged;
+    const Tensor states =
+        again ? std::get<0>(layer_op().call(x, h0, params, sizes, ragged, mode, has_biases))
+              : y.unpack(getptr());
+    c10::List<bool> needs;
+    needs.reserve(result.size());
+    for (size_t i = 0; i < result.size(); ++i) needs.push_back(task_should_compute_output(i));
+
+    auto computed =
+        layer_backward_op().call(defined_or_none(grads[0]), defined_or_none(grads[1]), x, h0,
+                                 params, states, sizes, ragged, mode, has_biases, needs);
+    for (size_t i = 0; i < result.size(); ++i) {
+      if (needs[i]) result[i] = std::move(computed[i]);
+    }
+    return result;
+  }
+
+  SavedVariable input, hx, y;
+  Version y_version;
+  std::vector<SavedWeight> weights;
+  Tensor batch_sizes, lengths;
+  std::string mode;
+  bool has_biases = false;
+  bool has_hx = false;
+  bool released = false;
+};
+
+bool has_tangent(const Optional& a, const Optional& b, const Optional& c, at::TensorList list) {
+  using torch::autograd::isFwGradDefined;
+  return isFwGradDefined(a) || isFwGradDefined(b) || isFwGradDefined(c) ||
+         torch::autograd::isFwGradDefinedTensorList(list);
+}
+
+Pair layer_autograd(c10::DispatchKeySet keys, const Tensor& input, const Optional& hx,
+                    at::TensorList weights, const Optional& batch_sizes, const Optional& lengths,
+                    std::string_view mode, bool has_biases) {
+  if (has_tangent(input, hx, std::nullopt, weights)) {
+    return composite::forward(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+  }
+  const bool recorded = torch::autograd::compute_requires_grad(input, hx, weights);
+  auto result = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_op().redispatch(keys & c10::after_autograd_keyset, input, hx, weights, batch_sizes,
+                                 lengths, mode, has_biases);
+  }();
+  if (!recorded) return result;
+
+  auto node = make_node<RnnLayerBackward>();
+  torch::autograd::edge_list edges;
+  edges.reserve(2 + weights.size());
+  const auto add_edge = [&](const Tensor& tensor) {
+    edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor)
+                                     : torch::autograd::Edge());
+  };
+  add_edge(input);
+  add_edge(hx.value_or(Tensor()));
+  for (const Tensor& weight : weights) add_edge(weight);
+  node->set_next_edges(std::move(edges));
+
+  node->input = SavedVariable(input, false);
+  node->has_hx = hx.has_value();
+  if (hx.has_value()) node->hx = SavedVariable(*hx, false);
+  const size_t per_direction = has_biases ? 4 : 2;
+  node->weights.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const size_t kind = i % per_direction;
+    node->weights.emplace_back(weights[i], kind == 1 || (kind == 0 && input.requires_grad()));
+  }
+  node->has_biases = has_biases;
+  node->batch_sizes = batch_sizes.value_or(Tensor());
+  node->lengths = lengths.value_or(Tensor());
+  node->mode = std::string(mode);
+
+  torch::autograd::set_history(std::get<0>(result), node);
+  torch::autograd::set_history(std::get<1>(result), node);
+  node->y = SavedVariable(std::get<0>(result), true);
+  node->y_version = Version(std::get<0>(result));
+  return result;
+}
+
+// Recorded when backward itself is differentiated: then the composite, whose ops record themselves.
+std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Optional& dy,
+                                            const Optional& dh_n, const Tensor& input,
+                                            const Optional& hx, at::TensorList weights,
+                                            const Tensor& y, const Optional& batch_sizes,
+                                            const Optional& lengths, std::string_view mode,
+                                            bool has_biases, c10::List<bool> needs) {
+  if (torch::autograd::compute_requires_grad(dy, dh_n, input, hx, weights, y) ||
+      has_tangent(dy, dh_n, input, weights) || has_tangent(hx, y, std::nullopt, {})) {
+    return composite::backward(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode,
+                               has_biases, needs);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return layer_backward_op().redispatch(keys & c10::after_autograd_keyset, dy, dh_n, input, hx,
+                                        weights, y, batch_sizes, lengths, mode, has_biases, needs);
+}
+
+}  // namespace
+
+Pair call_layer(const Tensor& input, const Optional& hx, at::TensorList weights,
+                const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
+                bool has_biases) {
+  return layer_op().call(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+}
+
+TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {
+  m.impl("rnn_layer", TORCH_FN(layer_autograd));
+  m.impl("rnn_layer_backward", TORCH_FN(layer_backward_autograd));
+}
+
+}  // namespace charrnn_fast

@@ -1,0 +1,286 @@
+// Backward of one direction of one layer: delta first, step by step; then dx, dh0 and the weights'
+// gradients as products over all rows.
+
+// Rows summed in one chain of a weight's gradient; blocks of them are added up (as a sum of sums).
+constexpr int64_t kGradientRows = 128;
+
+template <typename scalar>
+struct BackwardSpace {
+  Panels<scalar> hidden;  // columns of W_hh, of dW_hh
+  Panels<scalar> inputs;  // columns of W_ih, of dW_ih
+  scalar* recurrent;      // W_hh in panels
+  scalar* input;          // W_ih in panels
+  scalar* zeros;          // a row for whatever is absent
+  // Each member's own:
+  scalar* left = nullptr;   // delta' in tiles
+  scalar* right = nullptr;  // a panel of y_prev or of x
+  double* table = nullptr;  // for ids: dW_ih' of the member's units, [I][units]
+  size_t bytes;
+
+  BackwardSpace(const BackwardArgs<scalar>& args, int team_size, int rank, void* base)
+      : hidden(args.H), inputs(args.I) {
+    Arena arena(base);
+    recurrent = arena.take<scalar>(args.H * hidden.padded_columns());
+    input = args.dx != nullptr ? arena.take<scalar>(args.H * inputs.padded_columns()) : nullptr;
+    zeros = arena.take<scalar>(zero_columns());
+    const int64_t units = (args.H + team_size - 1) / team_size;
+    for (int member = 0; member < team_size; ++member) {
+      scalar* l = arena.take<scalar>(units * kGradientRows);
+      scalar* r = arena.take<scalar>(kTileVectors * kLanes<scalar> * kGradientRows);
+      double* t = args.ids != nullptr && args.dW_ih != nullptr ? arena.take<double>(args.I * units)
+                                                               : nullptr;
+      if (member == rank) {
+        left = l;
+        right = r;
+        table = t;
+      }
+    }
+    bytes = arena.used();
+  }
+
+  int64_t zero_columns() const {
+    const int64_t a = hidden.padded_columns(), b = inputs.padded_columns();
+    return a > b ? a : b;
+  }
+};
+
+template <typename scalar>
+size_t backward_workspace(const BackwardArgs<scalar>& args, int team_size) {
+  return BackwardSpace<scalar>(args, team_size, 0, nullptr).bytes;
+}
+
+template <typename scalar>
+void pack_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                   const Team& team) {
+  if (team.rank == 0) std::memset(space.zeros, 0, space.zero_columns() * sizeof(scalar));
+  const Range mine = share(space.hidden.count, team);
+  for (int64_t p = mine.first; p < mine.last; ++p) {
+    pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
+                      space.recurrent + space.hidden.first_column(p) * args.H);
+  }
+  if (args.dx == nullptr) return;
+  const Range also = share(space.inputs.count, team);
+  for (int64_t p = also.first; p < also.last; ++p) {
+    pack_rows<scalar>([&](int64_t k) { return args.W_ih + k * args.I; }, args.H, space.inputs, p,
+                      space.input + space.inputs.first_column(p) * args.H);
+  }
+}
+
+// delta of a sequence's last step, in a range of columns.
+template <Activation activation, typename scalar>
+void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scalar* delta,
+                    int64_t first, int64_t last) {
+  constexpr int L = kLanes<scalar>;
+  for (int64_t j = first; j < last; j += L) {
+    const int64_t n = last - j < L ? last - j : L;
+    const Vec<scalar> g = load_lanes(dy + j, n) + load_lanes(dh_n + j, n);
+    store_lanes(delta + j, activate_backward<activation, scalar>(g, load_lanes(y + j, n)), n);
+  }
+}
+
+// delta of slots [slots.first, slots.last), at most kBlockSlots of them, in the columns of some
+// panels.
+template <Activation activation, typename scalar>
+void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                    Range slots, Range mine, const Team* others) {
+  const Panels<scalar>& panels = space.hidden;
+  const Sequences& seq = args.seq;
+  const int64_t first = panels.first_column(mine.first);
+  const int64_t end = panels.first_column(mine.last);
+  const int64_t last = end < args.H ? end : args.H;
+
+  StepWalk walk(seq, slots.first, slots.last, !args.reverse);
+  const scalar* next[kBlockSlots];
+  const scalar* init[kBlockSlots];
+  scalar* delta[kBlockSlots];
+  const scalar* y[kBlockSlots];
+  const TileArgs<scalar> product = {
+      .a = next, .K = args.H, .init = init, .out = delta, .y = y, .activation = activation};
+  while (walk.next()) {
+    const int64_t after = args.reverse ? walk.t - 1 : walk.t + 1;
+    for (int64_t i = 0; i < walk.running; ++i) {
+      const int64_t row = row_of(seq, walk.t, slots.first + i);
+      delta[i] = args.delta + row * args.H;
+      y[i] = args.y + row * args.ldy;
+      init[i] = args.dy != nullptr ? args.dy + row * args.lddy : space.zeros;
+    }
+    for (int64_t i = 0; i < walk.continuing; ++i) {
+      next[i] = args.delta + row_of(seq, after, slots.first + i) * args.H;
+    }
+    for (int64_t p = mine.first; p < mine.last; ++p) {
+      multiply_rows<Finish::kBackward>(product, walk.continuing, panels, p,
+                                       space.recurrent + panels.first_column(p) * args.H);
+    }
+    for (int64_t i = walk.continuing; i < walk.running; ++i) {
+      const scalar* from_state = args.dh_n != nullptr
+                                     ? args.dh_n + state_row_of(seq, slots.first + i) * args.H
+                                     : space.zeros;
+      backward_start<activation>(init[i], from_state, y[i], delta[i], first, last);
+    }
+    if (others != nullptr) wait_for(*others);
+  }
+}
+
+// dx = delta W_ih for a share of all rows.
+template <typename scalar>
+void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                    Range mine) {
+  RowWalk walk(args.seq);
+  walk.seek(mine.first);
+  const scalar* delta[kChunkRows];
+  const scalar* init[kChunkRows];
+  scalar* dx[kChunkRows];
+  const TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dx};
+  for (int64_t done = mine.first; done < mine.last;) {
+    const int64_t count = mine.last - done < kChunkRows ? mine.last - done : kChunkRows;
+    for (int64_t i = 0; i < count; ++i, walk.next()) {
+      const int64_t row = row_of(args.seq, walk.t, walk.slot);
+      delta[i] = args.delta + row * args.H;
+      dx[i] = args.dx + row * args.I;
+      init[i] = space.zeros;
+    }
+    done += count;
+    for (int64_t p = 0; p < space.inputs.count; ++p) {
+      multiply_rows<Finish::kStore>(product, count, space.inputs, p,
+                                    space.input + space.inputs.first_column(p) * args.H);
+    }
+  }
+}
+
+// dh0 = delta W_hh at each sequence's first step.
+template <typename scalar>
+void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                    Range slots) {
+  const scalar* delta[kChunkRows];
+  const scalar* init[kChunkRows];
+  scalar* dh0[kChunkRows];
+  const TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dh0};
+  for (int64_t done = slots.first; done < slots.last;) {
+    const int64_t count = slots.last - done < kChunkRows ? slots.last - done : kChunkRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = done + i;
+      delta[i] =
+          args.delta + row_of(args.seq, first_step(args.seq, slot, args.reverse), slot) * args.H;
+      dh0[i] = args.dh0 + state_row_of(args.seq, slot) * args.H;
+      init[i] = space.zeros;
+    }
+    done += count;
+    for (int64_t p = 0; p < space.hidden.count; ++p) {
+      multiply_rows<Finish::kStore>(product, count, space.hidden, p,
+                                    space.recurrent + space.hidden.first_column(p) * args.H);
+    }
+  }
+}
+
+// out[j] += sum of rows[k][j], for j in a range.
+template <typename scalar>
+void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) {
+  constexpr int L = kLanes<scalar>;
+  int64_t j = columns.first;
+  for (; j + L <= columns.last; j += L) {
+    Vec<scalar> sum = {};
+    for (int64_t k = 0; k < K; ++k) sum += load(rows[k] + j);
+    store(out + j, load(out + j) + sum);
+  }
+  if (j < columns.last) {
+    const int64_t n = columns.last - j;
+    Vec<scalar> sum = {};
+    for (int64_t k = 0; k < K; ++k) sum += load_first(rows[k] + j, n);
+    store_first(out + j, load_first(out + j, n) + sum, n);
+  }
+}
+
+// dW_ih, dW_hh and db of the units in a range: sums over rows in one fixed order.
+template <typename scalar>
+void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                      Range units) {
+  const int64_t count = units.last - units.first;
+  const bool dense_input = args.dW_ih != nullptr && args.ids == nullptr;
+  if (count == 0) return;
+  const auto zero = [&](scalar* p, int64_t columns) {
+    if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(scalar));
+  };
+  zero(args.dW_ih, args.I);
+  zero(args.dW_hh, args.H);
+  zero(args.db, 1);
+  if (space.table != nullptr) std::memset(space.table, 0, args.I * count * sizeof(double));
+
+  const int64_t total = rows_in(args.seq);
+  RowWalk walk(args.seq);
+  const scalar* delta[kGradientRows];
+  const scalar* x[kGradientRows];
+  const scalar* y_previous[kGradientRows];
+  for (int64_t done = 0; done < total;) {
+    const int64_t K = total - done < kGradientRows ? total - done : kGradientRows;
+    done += K;
+    for (int64_t k = 0; k < K; ++k, walk.next()) {
+      const int64_t row = row_of(args.seq, walk.t, walk.slot);
+      delta[k] = args.delta + row * args.H;
+      if (dense_input) x[k] = args.x + row * args.ldx;
+      if (walk.t == first_step(args.seq, walk.slot, args.reverse)) {
+        y_previous[k] =
+            args.h0 != nullptr ? args.h0 + state_row_of(args.seq, walk.slot) * args.H : space.zeros;
+      } else {
+        const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
+        y_previous[k] = args.y + row_of(args.seq, before, walk.slot) * args.ldy;
+      }
+      if (space.table != nullptr) {
+        double* entry = space.table + args.ids[row] * count;
+        for (int64_t j = 0; j < count; ++j) entry[j] += delta[k][units.first + j];
+      }
+    }
+    if (args.db != nullptr) {
+      add_rows(delta, K, units, args.db);
+    }
+    pack_columns(delta, K, units.first, count, space.left);
+    const auto product = [&](const scalar* const* b, const Panels<scalar>& panels, scalar* dW) {
+      for (int64_t p = 0; p < panels.count; ++p) {
+        pack_rows<scalar>([&](int64_t k) { return b[k]; }, K, panels, p, space.right);
+        add_product(count, space.left, panels, p, space.right, K,
+                    dW + units.first * panels.columns);
+      }
+    };
+    if (dense_input) product(x, space.inputs, args.dW_ih);
+    if (args.dW_hh != nullptr) product(y_previous, space.hidden, args.dW_hh);
+  }
+  if (space.table != nullptr) {
+    for (int64_t j = 0; j < count; ++j) {
+      scalar* row = args.dW_ih + (units.first + j) * args.I;
+      for (int64_t v = 0; v < args.I; ++v) row[v] = static_cast<scalar>(space.table[v * count + j]);
+    }
+  }
+}
+
+template <Activation activation, typename scalar>
+void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
+  const BackwardSpace<scalar> space(args, team.size, team.rank, args.workspace);
+  pack_backward(args, space, team);
+  wait_for(team);
+  const bool hidden = args.split == Split::kHidden;
+  const Range panels = hidden ? share(space.hidden.count, team) : Range{0, space.hidden.count};
+  const Range slots = hidden ? Range{0, args.seq.B} : share(args.seq.B, team);
+  const int64_t n = slots.last - slots.first;
+  const int64_t blocks = (n + kBlockSlots - 1) / kBlockSlots;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
+    backward_block<activation>(args, space, block, panels, hidden ? &team : nullptr);
+  }
+  wait_for(team);
+  if (args.dx != nullptr) backward_input(args, space, share(rows_in(args.seq), team));
+  if (args.dh0 != nullptr) backward_state(args, space, share(args.seq.B, team));
+  if (args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr) {
+    backward_weights(args, space, share(args.H, team));
+  }
+}
+
+template <typename scalar>
+void backward(const BackwardArgs<scalar>& args, const Team& team) {
+  switch (args.activation) {
+    case Activation::kTanh:
+      return backward_all<Activation::kTanh>(args, team);
+    case Activation::kRelu:
+      return backward_all<Activation::kRelu>(args, team);
+    case Activation::kSigmoid:
+      return backward_all<Activation::kSigmoid>(args, team);
+  }
+}

@@ -1,0 +1,384 @@
+// The ops on CPU tensors: allocation, the division of work among threads, and the calls into the
+// kernels.
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <sched.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <numeric>
+
+#include "layer.h"
+
+namespace charrnn_fast {
+namespace {
+
+// Members wait here for each other by spinning, since a step may last less than a microsecond; they
+// offer the core to others when the wait is long, as it is when another program holds a core.
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+
+  static void wait(void* self) { static_cast<Barrier*>(self)->wait(); }
+
+ private:
+  void wait() {
+    const int64_t generation = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation;) {
+      if (++spins < kSpins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+  static constexpr int kSpins = 1000;
+  const int size_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int64_t> generation_{0};
+};
+
+// How many threads work on each direction, and how they divide it.
+struct Plan {
+  int members;
+  Split split;
+};
+
+// The cheapest plan by a rough count of cycles per step. Constants were measured on a Zen 4 core
+// with AVX-512; they decide speed only, never results.
+Plan plan_team(const Layer& layer, int threads, double passes) {
+  constexpr double kBarrierCycles = 700;
+  constexpr double kStartCycles = 20000;  // waking the threads
+  constexpr double kLanes = 16;
+  // Below two rows, loading the weights takes longer than multiplying by them.
+  const auto recurrence = [&](double rows) {
+    return layer.H * layer.H / kLanes * std::max(rows, 2.0);
+  };
+  const double products = static_cast<double>(layer.N) * layer.H / kLanes *
+                          (layer.I + (passes > 1 ? layer.I + layer.H : 0));
+  const double steps = layer.T;
+  Plan best{1, Split::kBatch};
+  double best_cost = steps * recurrence(layer.B) + products;
+  const auto consider = [&](int members, Split split, double cost) {
+    if (cost < best_cost) {
+      best = {members, split};
+      best_cost = cost;
+    }
+  };
+  const int by_batch = static_cast<int>(std::min<int64_t>(threads, layer.B));
+  if (by_batch > 1) {
+    const double rows = (layer.B + by_batch - 1) / by_batch;
+    consider(by_batch, Split::kBatch,
+             kStartCycles + steps * recurrence(rows) + products / by_batch);
+  }
+  const int by_hidden = static_cast<int>(std::min<int64_t>(threads, (layer.H + 63) / 64));
+  if (by_hidden > 1) {
+    consider(by_hidden, Split::kHidden,
+             kStartCycles + steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) +
+                 products / by_hidden);
+  }
+  return best;
+}
+
+// Runs call(direction, team) for each direction, in teams of plan.members, all at once where cores
+// allow.
+template <typename Call>
+void run_teams(int64_t directions, const Plan& plan, int threads, const Call& call) {
+  const int members = plan.members;
+  const bool at_once = directions > 1 && threads >= 2 * members;
+  const auto run = [&](int64_t first, int64_t last) {
+    const int size = static_cast<int>(last - first) * members;
+    if (size == 1) return call(first, Team{0, 1, nullptr, nullptr});
+    std::array<Barrier, 2> barriers{Barrier(members), Barrier(members)};
+    bool complete = true;
+#pragma omp parallel num_threads(size)
+    {
+      // OpenMP may give fewer threads than asked for; then one does everything.
+      const int rank = omp_get_thread_num();
+      if (omp_get_num_threads() == size) {
+        const int64_t direction = rank / members;
+        call(first + direction, Team{rank % members, members, Barrier::wait, &barriers[direction]});
+      } else if (rank == 0) {
+        complete = false;
+      }
+    }
+    if (complete) return;
+    for (int64_t d = first; d < last; ++d) call(d, Team{0, 1, nullptr, nullptr});
+  };
+  if (at_once) return run(0, directions);
+  for (int64_t d = 0; d < directions; ++d) run(d, d + 1);
+}
+
+int threads_to_use(const Layer& layer, double passes) {
+  if (at::in_parallel_region()) return 1;
+  // Not worth waking a thread for less than some tens of microseconds.
+  const double cycles = passes * layer.D * layer.N * layer.H * (layer.I + layer.H) / 16.0;
+  return cycles < 100000 ? 1 : at::get_num_threads();
+}
+
+// The layout of the rows, with the arrays it points to.
+class Rows {
+ public:
+  Rows(const Layer& layer, const Optional& batch_sizes, const Optional& lengths)
+      : seq_{layer.T, layer.B, layer.N, nullptr, nullptr, nullptr} {
+    if (batch_sizes.has_value()) {
+      const int64_t* running = batch_sizes->const_data_ptr<int64_t>();
+      step_row_.resize(layer.T);
+      lengths_.resize(layer.B);
+      int64_t row = 0;
+      for (int64_t t = 0; t < layer.T; ++t) {
+        step_row_[t] = row;
+        row += running[t];
+        const int64_t next = t + 1 < layer.T ? running[t + 1] : 0;
+        std::fill(lengths_.begin() + next, lengths_.begin() + running[t], t + 1);
+      }
+      seq_.step_row = step_row_.data();
+      seq_.lengths = lengths_.data();
+    } else if (lengths.has_value()) {
+      const int64_t* steps = lengths->const_data_ptr<int64_t>();
+      slot_row_.resize(layer.B);
+      std::iota(slot_row_.begin(), slot_row_.end(), 0);
+      std::stable_sort(slot_row_.begin(), slot_row_.end(),
+                       [&](int64_t a, int64_t b) { return steps[a] > steps[b]; });
+      lengths_.resize(layer.B);
+      for (int64_t i = 0; i < layer.B; ++i) lengths_[i] = steps[slot_row_[i]];
+      seq_.slot_row = slot_row_.data();
+      seq_.lengths = lengths_.data();
+    }
+  }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+
+  const Sequences& sequences() const { return seq_; }
+
+ private:
+  std::vector<int64_t> step_row_, lengths_, slot_row_;
+  Sequences seq_;
+};
+
+template <typename scalar>
+const Kernels<scalar>& kernels() {
+  if constexpr (std::is_same_v<scalar, float>) {
+    return isa().f32;
+  } else {
+    return isa().f64;
+  }
+}
+
+at::Tensor bytes(size_t n) { return at::empty({static_cast<int64_t>(n)}, at::kByte); }
+
+Optional contiguous(const Optional& tensor) {
+  return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
+}
+
+std::vector<at::Tensor> contiguous(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) result.push_back(tensor.contiguous());
+  return result;
+}
+
+template <typename scalar>
+const scalar* data_or_null(const Optional& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<scalar>() : nullptr;
+}
+
+template <typename scalar>
+void forward_layer(const Layer& layer, const at::Tensor& input, const Optional& hx,
+                   at::TensorList weights, bool has_biases, const Sequences& seq, at::Tensor& y,
+                   at::Tensor& h_n) {
+  // Looked up once: another thread may select another ISA meanwhile.
+  const Kernels<scalar>& table = kernels<scalar>();
+  const int64_t per_direction = has_biases ? 4 : 2;
+  const int threads = threads_to_use(layer, 1);
+  const Plan plan = plan_team(layer, threads, 1);
+  const scalar* h0 = data_or_null<scalar>(hx);
+  std::array<ForwardArgs<scalar>, 2> args;
+  std::array<at::Tensor, 2> workspace;
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const at::Tensor* w = &weights[d * per_direction];
+    args[d] = {
+        .seq = seq,
+        .I = layer.I,
+        .H = layer.H,
+        .activation = layer.activation,
+        .reverse = d == 1,
+        .split = plan.split,
+        .x = layer.tokens ? nullptr : input.const_data_ptr<scalar>(),
+        .ldx = layer.I,
+        .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
+        .W_ih = w[0].const_data_ptr<scalar>(),
+        .W_hh = w[1].const_data_ptr<scalar>(),
+        .b_ih = has_biases ? w[2].const_data_ptr<scalar>() : nullptr,
+        .b_hh = has_biases ? w[3].const_data_ptr<scalar>() : nullptr,
+        .h0 = h0 != nullptr ? h0 + d * layer.B * layer.H : nullptr,
+        .y = y.mutable_data_ptr<scalar>() + d * layer.H,
+        .ldy = layer.D * layer.H,
+        .h_n = h_n.mutable_data_ptr<scalar>() + d * layer.B * layer.H,
+        .workspace = nullptr,
+    };
+    workspace[d] = bytes(table.forward_workspace(args[d], plan.members));
+    args[d].workspace = workspace[d].mutable_data_ptr();
+  }
+  const auto forward = table.forward;
+  run_teams(layer.D, plan, threads, [&](int64_t d, const Team& team) { forward(args[d], team); });
+}
+
+Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList weights_,
+                   const Optional& batch_sizes_, const Optional& lengths_, std::string_view mode,
+                   bool has_biases) {
+  const Layer layer = check_layer(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
+  if (why_composite(input_, hx_, weights_) != nullptr) {
+    return composite::forward(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
+  }
+  const at::Tensor input = input_.contiguous();
+  const Optional hx = contiguous(hx_);
+  const std::vector<at::Tensor> weights = contiguous(weights_);
+  const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
+  if (layer.tokens) check_token_ids(input, layer.I);
+
+  const at::TensorOptions options = weights[0].options();
+  const int64_t columns = layer.D * layer.H;
+  at::Tensor y = layer.packed          ? at::empty({layer.N, columns}, options)
+                 : lengths.has_value() ? at::zeros({layer.T, layer.B, columns}, options)
+                                       : at::empty({layer.T, layer.B, columns}, options);
+  at::Tensor h_n = at::empty({layer.D, layer.B, layer.H}, options);
+  if (layer.N == 0 || layer.H == 0) return {y, h_n};
+
+  count(counters().forward_fused);
+  const Rows rows(layer, batch_sizes, lengths);
+  if (weights[0].scalar_type() == at::kFloat) {
+    forward_layer<float>(layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
+  } else {
+    forward_layer<double>(layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
+  }
+  return {y, h_n};
+}
+
+template <typename scalar>
+void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n,
+                    const at::Tensor& input, const Optional& hx, at::TensorList weights,
+                    const at::Tensor& y, bool has_biases, const Sequences& seq,
+                    std::vector<at::Tensor>& grads) {
+  // Looked up once: another thread may select another ISA meanwhile.
+  const Kernels<scalar>& table = kernels<scalar>();
+  const int64_t per_direction = has_biases ? 4 : 2;
+  const int threads = threads_to_use(layer, 3);
+  const Plan plan = plan_team(layer, threads, 3);
+  const int64_t state = layer.B * layer.H;
+  const scalar* h0 = data_or_null<scalar>(hx);
+  const scalar* dy_data = data_or_null<scalar>(dy);
+  const scalar* dh_n_data = data_or_null<scalar>(dh_n);
+  const auto out = [](at::Tensor& grad) {
+    return grad.numel() > 0 ? grad.mutable_data_ptr<scalar>() : nullptr;
+  };
+  std::array<BackwardArgs<scalar>, 2> args;
+  std::array<at::Tensor, 2> workspace, delta, dx;
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const at::Tensor* w = &weights[d * per_direction];
+    at::Tensor* dw = &grads[2 + d * per_direction];
+    delta[d] = at::empty({layer.N, layer.H}, y.options());
+    dx[d] = d == 0 || grads[0].numel() == 0 ? grads[0] : at::zeros_like(grads[0]);
+    scalar* dh0 = out(grads[1]);
+    scalar* db = has_biases ? out(dw[2].numel() > 0 ? dw[2] : dw[3]) : nullptr;
+    args[d] = {
+        .seq = seq,
+        .I = layer.I,
+        .H = layer.H,
+        .activation = layer.activation,
+        .reverse = d == 1,
+        .split = plan.split,
+        .x = layer.tokens ? nullptr : input.const_data_ptr<scalar>(),
+        .ldx = layer.I,
+        .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
+        .W_ih = w[0].const_data_ptr<scalar>(),
+        .W_hh = w[1].const_data_ptr<scalar>(),
+        .h0 = h0 != nullptr ? h0 + d * state : nullptr,
+        .y = y.const_data_ptr<scalar>() + d * layer.H,
+        .ldy = layer.D * layer.H,
+        .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
+        .lddy = layer.D * layer.H,
+        .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
+        .delta = delta[d].mutable_data_ptr<scalar>(),
+        .dx = out(dx[d]),
+        .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
+        .dW_ih = out(dw[0]),
+        .dW_hh = out(dw[1]),
+        .db = db,
+        .workspace = nullptr,
+    };
+    workspace[d] = bytes(table.backward_workspace(args[d], plan.members));
+    args[d].workspace = workspace[d].mutable_data_ptr();
+  }
+  const auto backward = table.backward;
+  run_teams(layer.D, plan, threads, [&](int64_t d, const Team& team) { backward(args[d], team); });
+  if (layer.D == 2 && grads[0].numel() > 0) grads[0].add_(dx[1]);
+  for (int64_t d = 0; has_biases && d < layer.D; ++d) {
+    at::Tensor* dw = &grads[2 + d * per_direction];
+    if (dw[2].numel() > 0 && dw[3].numel() > 0) dw[3].copy_(dw[2]);
+  }
+}
+
+std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Optional& dh_n_,
+                                               const at::Tensor& input_, const Optional& hx_,
+                                               at::TensorList weights_, const at::Tensor& y_,
+                                               const Optional& batch_sizes_,
+                                               const Optional& lengths_, std::string_view mode,
+                                               bool has_biases, c10::List<bool> needs) {
+  const Layer layer = check_layer_backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_,
+                                           lengths_, mode, has_biases, needs);
+  if (why_composite(input_, hx_, weights_) != nullptr) {
+    return composite::backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_, lengths_, mode,
+                               has_biases, needs);
+  }
+  const at::Tensor input = input_.contiguous(), y = y_.contiguous();
+  const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);
+  const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
+  const std::vector<at::Tensor> weights = contiguous(weights_);
+  if (layer.tokens) check_token_ids(input, layer.I);
+
+  const bool nothing = layer.N == 0 || layer.H == 0;
+  const bool gaps = lengths.has_value();
+  const auto grad = [&](bool wanted, at::IntArrayRef sizes, bool zeros) {
+    if (!wanted) return at::empty({0}, y.options());
+    return zeros ? at::zeros(sizes, y.options()) : at::empty(sizes, y.options());
+  };
+  std::vector<at::Tensor> grads;
+  grads.reserve(needs.size());
+  grads.push_back(grad(needs[0] && !layer.tokens, input.sizes(), gaps));
+  grads.push_back(grad(needs[1], {layer.D, layer.B, layer.H}, nothing));
+  for (size_t i = 0; i < weights.size(); ++i) {
+    grads.push_back(grad(needs[2 + i], weights[i].sizes(), nothing));
+  }
+  if (nothing) return grads;
+
+  count(counters().backward_fused);
+  const Rows rows(layer, batch_sizes, lengths);
+  if (y.scalar_type() == at::kFloat) {
+    backward_layer<float>(layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
+                          grads);
+  } else {
+    backward_layer<double>(layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
+                           grads);
+  }
+  return grads;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
+  m.impl("rnn_layer", TORCH_FN(rnn_layer_cpu));
+  m.impl("rnn_layer_backward", TORCH_FN(rnn_layer_backward_cpu));
+}
+
+}  // namespace charrnn_fast

@@ -1,0 +1,186 @@
+// Forward of one direction of one layer.
+
+template <typename scalar>
+struct ForwardSpace {
+  Panels<scalar> panels;
+  scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
+  scalar* recurrent;  // W_hh' in panels
+  scalar* bias;       // b_ih + b_hh, padded
+  size_t bytes;
+
+  ForwardSpace(const ForwardArgs<scalar>& args, void* base) : panels(args.H) {
+    Arena arena(base);
+    input = arena.take<scalar>(args.I * panels.padded_columns());
+    recurrent = arena.take<scalar>(args.H * panels.padded_columns());
+    bias = arena.take<scalar>(panels.padded_columns());
+    bytes = arena.used();
+  }
+};
+
+template <typename scalar>
+size_t forward_workspace(const ForwardArgs<scalar>& args, int /*team_size*/) {
+  return ForwardSpace<scalar>(args, nullptr).bytes;
+}
+
+template <typename scalar>
+void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
+                  const Team& team) {
+  const Range mine = share(space.panels.count, team);
+  const int64_t first = space.panels.first_column(mine.first);
+  const int64_t last = space.panels.first_column(mine.last);
+  for (int64_t j = first; j < last; ++j) {
+    scalar b = 0;
+    if (j < args.H && args.b_ih != nullptr) b += args.b_ih[j];
+    if (j < args.H && args.b_hh != nullptr) b += args.b_hh[j];
+    space.bias[j] = b;
+  }
+  pack_transposed(args.W_hh, args.H, space.panels, mine.first, mine.last, space.recurrent);
+  if (args.ids == nullptr) {
+    pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
+    return;
+  }
+  for (int64_t v = 0; v < args.I; ++v) {
+    scalar* entry = space.input + v * space.panels.padded_columns();
+    for (int64_t j = first; j < last; ++j) {
+      entry[j] = j < args.H ? args.W_ih[j * args.I + v] + space.bias[j] : 0;
+    }
+  }
+}
+
+// y = x W_ih' + bias for some rows, in the columns of some panels.
+template <typename scalar>
+void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range mine,
+             const int64_t* rows, int64_t count) {
+  const Panels<scalar>& panels = space.panels;
+  scalar* out[kChunkRows];
+  for (int64_t i = 0; i < count; ++i) out[i] = args.y + rows[i] * args.ldy;
+  if (args.ids != nullptr) {
+    const int64_t first = panels.first_column(mine.first);
+    const int64_t end = panels.first_column(mine.last);
+    const int64_t bytes = ((end < args.H ? end : args.H) - first) * sizeof(scalar);
+    for (int64_t i = 0; i < count; ++i) {
+      const scalar* entry = space.input + args.ids[rows[i]] * panels.padded_columns();
+      std::memcpy(out[i] + first, entry + first, bytes);
+    }
+    return;
+  }
+  const scalar* x[kChunkRows];
+  const scalar* bias[kChunkRows];
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = args.x + rows[i] * args.ldx;
+    bias[i] = space.bias;
+  }
+  const TileArgs<scalar> product = {.a = x, .K = args.I, .init = bias, .out = out};
+  for (int64_t p = mine.first; p < mine.last; ++p) {
+    multiply_rows<Finish::kStore>(product, count, panels, p,
+                                  space.input + panels.first_column(p) * args.I);
+  }
+}
+
+template <Activation activation, typename scalar>
+void activate_rows(scalar* const* rows, int64_t count, int64_t first, int64_t last) {
+  constexpr int L = kLanes<scalar>;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t j = first;
+    for (; j + L <= last; j += L) {
+      store(rows[i] + j, activate<activation, scalar>(load(rows[i] + j)));
+    }
+    if (j < last) {
+      store_first(rows[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
+                  last - j);
+    }
+  }
+}
+
+// Runs slots [slots.first, slots.last), at most kBlockSlots of them, through all steps, computing
+// the columns of some panels. Between steps it waits for the team when others compute the other
+// columns.
+template <Activation activation, typename scalar>
+void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range slots,
+                   Range mine, const Team* others) {
+  const Panels<scalar>& panels = space.panels;
+  const Sequences& seq = args.seq;
+  const int64_t first = panels.first_column(mine.first);
+  const int64_t end = panels.first_column(mine.last);
+  const int64_t last = end < args.H ? end : args.H;
+
+  StepWalk walk(seq, slots.first, slots.last, args.reverse);
+  StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
+  int64_t projected = 0;  // steps projected and not yet run
+  int64_t rows[kChunkRows];
+  const scalar* previous[kBlockSlots];
+  scalar* current[kBlockSlots];
+  TileArgs<scalar> product = {
+      .a = previous, .K = args.H, .init = current, .out = current, .activation = activation};
+  while (walk.next()) {
+    if (projected == 0) {
+      int64_t count = 0;
+      while (count + (slots.last - slots.first) <= kChunkRows && ahead.next()) {
+        for (int64_t i = 0; i < ahead.running; ++i) {
+          rows[count++] = row_of(seq, ahead.t, slots.first + i);
+        }
+        ++projected;
+      }
+      project(args, space, mine, rows, count);
+    }
+    --projected;
+
+    const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
+    int64_t active = walk.running;
+    for (int64_t i = 0; i < walk.running; ++i) {
+      current[i] = args.y + row_of(seq, walk.t, slots.first + i) * args.ldy;
+    }
+    for (int64_t i = 0; i < walk.continuing; ++i) {
+      previous[i] = args.y + row_of(seq, before, slots.first + i) * args.ldy;
+    }
+    if (args.h0 == nullptr) {
+      active = walk.continuing;
+    } else {
+      for (int64_t i = walk.continuing; i < walk.running; ++i) {
+        previous[i] = args.h0 + state_row_of(seq, slots.first + i) * args.H;
+      }
+    }
+    for (int64_t p = mine.first; p < mine.last; ++p) {
+      multiply_rows<Finish::kActivate>(product, active, panels, p,
+                                       space.recurrent + panels.first_column(p) * args.H);
+    }
+    if (active < walk.running) {  // sequences that start from zeros
+      activate_rows<activation>(current + active, walk.running - active, first, last);
+    }
+    if (others != nullptr) wait_for(*others);
+  }
+  for (int64_t i = slots.first; i < slots.last; ++i) {
+    const scalar* y = args.y + row_of(seq, last_step(seq, i, args.reverse), i) * args.ldy;
+    std::memcpy(args.h_n + state_row_of(seq, i) * args.H + first, y + first,
+                (last - first) * sizeof(scalar));
+  }
+}
+
+template <Activation activation, typename scalar>
+void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
+  const ForwardSpace<scalar> space(args, args.workspace);
+  pack_forward(args, space, team);
+  wait_for(team);
+  const bool hidden = args.split == Split::kHidden;
+  const Range all_panels = {0, space.panels.count};
+  const Range panels = hidden ? share(space.panels.count, team) : all_panels;
+  const Range slots = hidden ? Range{0, args.seq.B} : share(args.seq.B, team);
+  const int64_t blocks = (slots.last - slots.first + kBlockSlots - 1) / kBlockSlots;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t n = slots.last - slots.first;
+    const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
+    forward_block<activation>(args, space, block, panels, hidden ? &team : nullptr);
+  }
+}
+
+template <typename scalar>
+void forward(const ForwardArgs<scalar>& args, const Team& team) {
+  switch (args.activation) {
+    case Activation::kTanh:
+      return forward_all<Activation::kTanh>(args, team);
+    case Activation::kRelu:
+      return forward_all<Activation::kRelu>(args, team);
+    case Activation::kSigmoid:
+      return forward_all<Activation::kSigmoid>(args, team);
+  }
+}

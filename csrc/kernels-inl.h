@@ -1,0 +1,13 @@
+// Everything generic, in order of dependence; included by each isa_*.cpp inside its namespace.
+// clang-format off
+#include "vec-inl.h"
+#include "activations-inl.h"
+#include "tile-inl.h"
+#include "sequences-inl.h"
+#include "forward-inl.h"
+#include "backward-inl.h"
+// clang-format on
+
+template <typename scalar>
+constexpr Kernels<scalar> kernels = {forward_workspace<scalar>, forward<scalar>,
+                                     backward_workspace<scalar>, backward<scalar>};

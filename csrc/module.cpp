@@ -1,0 +1,310 @@
+// charrnn_fast._C: what is no tensor op, and the short way from a module's forward into the ops.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <array>
+#include <cstdlib>
+
+#include "layer.h"
+
+namespace charrnn_fast {
+namespace {
+
+namespace py = pybind11;
+
+// Interned once, so that a look-up in a module's __dict__ compares pointers.
+struct Names {
+  // clang-format off: it never comes to rest here
+#define CHARRNN_FAST_NAMES(_)                                                                \
+  _(_parameters) _(_flat_weights_names) _(mode) _(bias) _(num_layers) _(dropout) _(training) \
+  _(bidirectional) _(batch_first) _(input_size) _(hidden_size) _(nonlinearity)               \
+  _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)
+// clang-format on
+#define CHARRNN_FAST_DECLARE(name) PyObject* name = PyUnicode_InternFromString(#name);
+  CHARRNN_FAST_NAMES(CHARRNN_FAST_DECLARE)
+#undef CHARRNN_FAST_DECLARE
+#undef CHARRNN_FAST_NAMES
+};
+
+const Names& names() {
+  static const Names instance;
+  return instance;
+}
+
+// One module's __dict__. Anything unexpected in it sets `failed`, and the caller takes the long
+// way.
+class Attributes {
+ public:
+  explicit Attributes(PyObject* dict) : dict_(dict), failed(!PyDict_CheckExact(dict)) {
+    if (!failed) parameters_ = get(names()._parameters);
+    if (!failed && !PyDict_CheckExact(parameters_)) failed = true;
+  }
+
+  PyObject* get(PyObject* name) {
+    PyObject* value = failed ? nullptr : PyDict_GetItemWithError(dict_, name);
+    if (value == nullptr) failed = true;
+    return value;
+  }
+  int64_t integer(PyObject* name) {
+    PyObject* value = get(name);
+    if (failed || !PyLong_CheckExact(value)) return fail<int64_t>();
+    return PyLong_AsLongLong(value);
+  }
+  double number(PyObject* name) {
+    PyObject* value = get(name);
+    if (failed || !PyFloat_CheckExact(value)) return fail<double>();
+    return PyFloat_AS_DOUBLE(value);
+  }
+  bool flag(PyObject* name) {
+    PyObject* value = get(name);
+    if (failed || !PyBool_Check(value)) return fail<bool>();
+    return value == Py_True;
+  }
+  std::string_view text(PyObject* name) {
+    PyObject* value = get(name);
+    if (failed || !PyUnicode_CheckExact(value)) return fail<std::string_view>();
+    Py_ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(value, &size);
+    return data == nullptr ? fail<std::string_view>() : std::string_view(data, size);
+  }
+  // A parameter that is registered, and not hidden by an attribute of its name. Parametrized,
+  // pruned and otherwise replaced weights are not found here.
+  const at::Tensor* parameter(PyObject* name) {
+    PyObject* value = failed ? nullptr : PyDict_GetItemWithError(parameters_, name);
+    if (value == nullptr || !THPVariable_CheckExact(value) || PyDict_Contains(dict_, name) != 0) {
+      return fail<const at::Tensor*>();
+    }
+    return &THPVariable_Unpack(value);
+  }
+
+ private:
+  template <typename T>
+  T fail() {
+    failed = true;
+    return T();
+  }
+
+  PyObject* dict_;
+  PyObject* parameters_ = nullptr;
+
+ public:
+  bool failed;
+};
+
+// Whether someone watches calls from Python, or traces them: they must see torch.ops.
+bool observed() {
+  return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing();
+}
+
+bool tensor_or_none(PyObject* object, Optional* result) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  *result = THPVariable_Unpack(object);
+  return true;
+}
+
+PyObject* none() { Py_RETURN_NONE; }
+
+// forward(module.__dict__, input, hx, lengths) -> (output, h_n), or None when the call is anything
+// but plain: then the caller takes the long way, whose checks are nn.RNN's own. At T=B=H=1 it is
+// most of the time.
+PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Optional input, hx, lengths;
+  if (count != 4 || observed() || args[1] == Py_None || !tensor_or_none(args[1], &input) ||
+      !tensor_or_none(args[2], &hx) || !tensor_or_none(args[3], &lengths)) {
+    return none();
+  }
+  const Names& name = names();
+  Attributes module(args[0]);
+  PyObject* weight_names = module.get(name._flat_weights_names);
+  const std::string_view mode = module.text(name.mode);
+  const bool bias = module.flag(name.bias);
+  const int64_t num_layers = module.integer(name.num_layers);
+  const double dropout = module.number(name.dropout);
+  const bool training = module.flag(name.training);
+  const bool bidirectional = module.flag(name.bidirectional);
+  const bool batch_first = module.flag(name.batch_first);
+  const int64_t input_size = module.integer(name.input_size);
+  const int64_t hidden_size = module.integer(name.hidden_size);
+  if (module.failed || !PyList_CheckExact(weight_names)) return none();
+  std::vector<at::Tensor> weights;
+  const Py_ssize_t n = PyList_GET_SIZE(weight_names);
+  weights.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const at::Tensor* weight = module.parameter(PyList_GET_ITEM(weight_names, i));
+    if (weight == nullptr) return none();
+    weights.push_back(*weight);
+  }
+  if (weights.empty()) return none();
+
+  const bool tokens = input->scalar_type() == at::kLong;
+  if (input->dim() != (tokens ? 2 : 3)) return none();
+  if (!tokens &&
+      (input->scalar_type() != weights[0].scalar_type() || input->sym_size(2) != input_size)) {
+    return none();
+  }
+  if (hx.has_value() &&
+      (hx->dim() != 3 || hx->scalar_type() != weights[0].scalar_type() ||
+       hx->sym_size(0) != num_layers * (bidirectional ? 2 : 1) ||
+       hx->sym_size(1) != input->sym_size(batch_first ? 0 : 1) || hx->sym_size(2) != hidden_size)) {
+    return none();
+  }
+
+  Pair result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    if (batch_first) input = input->transpose(0, 1);
+    result = rnn(*input, hx, weights, std::nullopt, lengths, mode, bias, num_layers, dropout,
+                 training, bidirectional);
+    if (batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
+  }
+  PyObject* output = THPVariable_Wrap(std::move(std::get<0>(result)));
+  PyObject* h_n = THPVariable_Wrap(std::move(std::get<1>(result)));
+  PyObject* pair = PyTuple_New(2);
+  PyTuple_SET_ITEM(pair, 0, output);
+  PyTuple_SET_ITEM(pair, 1, h_n);
+  return pair;
+  END_HANDLE_TH_ERRORS
+}
+
+// cell(module.__dict__, input, hx) -> h', or None, as forward.
+PyObject* cell(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Optional input, hx;
+  if (count != 3 || observed() || args[1] == Py_None || !tensor_or_none(args[1], &input) ||
+      !tensor_or_none(args[2], &hx)) {
+    return none();
+  }
+  const Names& name = names();
+  Attributes module(args[0]);
+  const bool bias = module.flag(name.bias);
+  const std::string_view nonlinearity = module.text(name.nonlinearity);
+  const at::Tensor* weight_ih = module.parameter(name.weight_ih);
+  const at::Tensor* weight_hh = module.parameter(name.weight_hh);
+  if (module.failed) return none();
+  std::vector<at::Tensor> weights{*weight_ih, *weight_hh};
+  if (bias) {
+    const at::Tensor* bias_ih = module.parameter(name.bias_ih);
+    const at::Tensor* bias_hh = module.parameter(name.bias_hh);
+    if (module.failed) return none();
+    weights.insert(weights.end(), {*bias_ih, *bias_hh});
+  }
+  std::string_view mode;
+  if (nonlinearity == "tanh") {
+    mode = "RNN_TANH";
+  } else if (nonlinearity == "relu") {
+    mode = "RNN_RELU";
+  } else if (nonlinearity == "sigmoid") {
+    mode = "RNN_SIGMOID";
+  } else {
+    return none();
+  }
+  const int64_t dim = input->dim();
+  const auto dtype = weights[0].scalar_type();
+  const bool tokens = input->scalar_type() == at::kLong;
+  const int64_t unbatched = tokens ? 0 : 1;
+  if (dim != unbatched && dim != unbatched + 1) return none();
+  if (weights[0].dim() != 2 || weights[1].dim() != 2) return none();
+  if (!tokens && (input->scalar_type() != dtype || input->sym_size(-1) != weights[0].sym_size(1))) {
+    return none();
+  }
+  const bool batched = dim != unbatched;
+  if (hx.has_value() && (hx->scalar_type() != dtype || hx->dim() != (batched ? 2 : 1) ||
+                         hx->sym_size(-1) != weights[1].sym_size(1) ||
+                         (batched && hx->sym_size(0) != input->sym_size(0)))) {
+    return none();
+  }
+
+  at::Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    input = input->unsqueeze(0);
+    if (!batched) input = input->unsqueeze(0);
+    if (hx.has_value()) {
+      hx = hx->unsqueeze(0);
+      if (!batched) hx = hx->unsqueeze(0);
+    }
+    y = std::get<0>(call_layer(*input, hx, weights, std::nullopt, std::nullopt, mode, bias));
+    y = y.squeeze(0);
+    if (!batched) y = y.squeeze(0);
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch"] = TORCH_VERSION;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  py::list compiled;
+  for (const Isa* const* entry = isas(); *entry != nullptr; ++entry) {
+    compiled.append((*entry)->name);
+  }
+  info["isas"] = compiled;
+  return info;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> result;
+  for (const Isa* const* entry = isas(); *entry != nullptr; ++entry) {
+    if ((*entry)->supported()) result.emplace_back((*entry)->name);
+  }
+  return result;
+}
+
+void use_isa(const std::string& name) {
+  if (select_isa(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : supported_isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw py::value_error("ISA '" + name + "' is unknown or not supported by this CPU; choose from " +
+                        known);
+}
+
+PyMethodDef kMethods[] = {
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
+     nullptr},
+    {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell)), METH_FASTCALL,
+     nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  PyModule_AddFunctions(m.ptr(), kMethods);
+  m.def("build_info", build_info);
+  m.def("isas", supported_isas);
+  m.def("isa", [] { return std::string(isa().name); });
+  m.def("select_isa", use_isa);
+  m.def("counters", [] {
+    py::dict result;
+    const Counters& c = counters();
+    result["forward_fused"] = c.forward_fused.load();
+    result["backward_fused"] = c.backward_fused.load();
+    result["forward_composite"] = c.forward_composite.load();
+    result["backward_composite"] = c.backward_composite.load();
+    return result;
+  });
+  m.def("why_composite",
+        [](const at::Tensor& input, const std::optional<at::Tensor>& hx,
+           const std::vector<at::Tensor>& weights) -> std::optional<std::string> {
+          const char* why = why_composite(input, hx, weights);
+          return why == nullptr ? std::nullopt : std::optional<std::string>(why);
+        });
+}
+
+}  // namespace charrnn_fast

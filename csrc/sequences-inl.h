@@ -1,0 +1,141 @@
+// Walking over the steps of a block of sequences, and over all of their rows.
+
+inline int64_t row_of(const Sequences& seq, int64_t t, int64_t slot) {
+  const int64_t first = seq.step_row != nullptr ? seq.step_row[t] : t * seq.B;
+  return first + (seq.slot_row != nullptr ? seq.slot_row[slot] : slot);
+}
+
+inline int64_t state_row_of(const Sequences& seq, int64_t slot) {
+  return seq.slot_row != nullptr ? seq.slot_row[slot] : slot;
+}
+
+inline int64_t length_of(const Sequences& seq, int64_t slot) {
+  return seq.lengths != nullptr ? seq.lengths[slot] : seq.T;
+}
+
+// The first and last step that a direction runs of one sequence.
+inline int64_t first_step(const Sequences& seq, int64_t slot, bool down) {
+  return down ? length_of(seq, slot) - 1 : 0;
+}
+inline int64_t last_step(const Sequences& seq, int64_t slot, bool down) {
+  return first_step(seq, slot, !down);
+}
+
+// The steps of slots [first, last), up (t = 0, 1, ...) or down. At each one the slots
+// [first, first + running) run; of these the first `continuing` ran at the step before, and the
+// others start.
+class StepWalk {
+ public:
+  StepWalk(const Sequences& seq, int64_t first, int64_t last, bool down)
+      : seq_(seq), first_(first), last_(last), down_(down) {
+    steps_ = first < last ? length_of(seq, first) : 0;  // slots are in order of falling length
+    t = down ? steps_ : -1;
+    end_ = first;
+  }
+
+  bool next() {
+    const int64_t before = end_;
+    t += down_ ? -1 : 1;
+    if (t < 0 || t >= steps_) return false;
+    if (down_) {
+      while (end_ < last_ && length_of(seq_, end_) > t) ++end_;
+      continuing = before - first_;
+    } else {
+      if (t == 0) end_ = last_;
+      while (end_ > first_ && length_of(seq_, end_ - 1) <= t) --end_;
+      continuing = t == 0 ? 0 : end_ - first_;
+    }
+    running = end_ - first_;
+    return true;
+  }
+
+  int64_t t;
+  int64_t running = 0;
+  int64_t continuing = 0;
+
+ private:
+  const Sequences& seq_;
+  int64_t first_, last_, steps_, end_;
+  bool down_;
+};
+
+// All rows inside sequences, in order of step and slot.
+class RowWalk {
+ public:
+  explicit RowWalk(const Sequences& seq) : seq_(seq), running_(seq.B) { settle(); }
+
+  // Skips to the row of a place in this order.
+  void seek(int64_t place) {
+    while (place > 0) {
+      const int64_t left = running_ - slot;
+      if (place < left) {
+        slot += place;
+        return;
+      }
+      place -= left;
+      ++t;
+      slot = 0;
+      settle();
+    }
+  }
+  void next() {
+    if (++slot == running_) {
+      ++t;
+      slot = 0;
+      settle();
+    }
+  }
+
+  int64_t t = 0;
+  int64_t slot = 0;
+
+ private:
+  void settle() {
+    if (seq_.lengths == nullptr) return;
+    while (running_ > 0 && seq_.lengths[running_ - 1] <= t) --running_;
+  }
+
+  const Sequences& seq_;
+  int64_t running_;
+};
+
+inline int64_t rows_in(const Sequences& seq) {
+  if (seq.lengths == nullptr) return seq.T * seq.B;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < seq.B; ++i) rows += seq.lengths[i];
+  return rows;
+}
+
+struct Range {
+  int64_t first, last;
+};
+inline Range share(int64_t n, const Team& team) {
+  return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
+}
+
+inline void wait_for(const Team& team) {
+  if (team.size > 1) team.barrier(team.state);
+}
+
+// Hands out 64-byte aligned pieces of the workspace; with a null base it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t n) {
+    T* piece = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Slots run together through all steps: enough to read the weights seldom, few enough to stay in
+// cache.
+constexpr int64_t kBlockSlots = 96;
+// Rows of a chunk of steps, whose projections are made together just before they are used.
+constexpr int64_t kChunkRows = 192;

@@ -1,0 +1,383 @@
+// The register tile, and the packing of its operands. Every product of the package runs through it.
+//
+// Bits: each element of a product is one chain of multiply-adds over k (or kChains of them, by the
+// width of its panel), whatever rows stand beside it and whoever computes it. So results do not
+// depend on the batch around a sequence, on tile heights, or on the number of threads.
+
+// Columns of a product, cut into panels of at most kTileVectors vectors, as even as possible.
+template <typename scalar>
+struct Panels {
+  int64_t columns;
+  int64_t vectors;  // columns / lanes, rounded up
+  int64_t count;
+
+  explicit Panels(int64_t n)
+      : columns(n),
+        vectors((n + kLanes<scalar> - 1) / kLanes<scalar>),
+        count((vectors + kTileVectors - 1) / kTileVectors),
+        narrow_(count > 0 ? vectors / count : 0),
+        wide_(vectors - narrow_ * count) {}
+
+  int64_t first_column(int64_t panel) const {
+    return (panel * narrow_ + (panel < wide_ ? panel : wide_)) * kLanes<scalar>;
+  }
+  int width(int64_t panel) const { return static_cast<int>(narrow_ + (panel < wide_)); }  // vectors
+  int64_t padded_columns() const { return vectors * kLanes<scalar>; }
+  // Columns of the panel that exist.
+  int64_t used_columns(int64_t panel) const {
+    const int64_t end = first_column(panel + 1);
+    return (end < columns ? end : columns) - first_column(panel);
+  }
+
+ private:
+  int64_t narrow_;  // width of most panels
+  int64_t wide_;    // panels that are one vector wider; they come first
+};
+
+// Multiply-add chains per element: enough to hide the latency of a narrow panel.
+constexpr int chains(int width) { return kTileVectors / width < 1 ? 1 : kTileVectors / width; }
+
+// Panel rows between a prefetch and its use; measured at 1 to 4 rows on Zen 4 (B=2, H=128: 1.02 ->
+// 0.93 us a step). A prefetch beyond the panel is harmless.
+constexpr int64_t kPrefetchDistance = 16;
+
+// What becomes of the product of a tile.
+enum class Finish {
+  kStore,     // out = init + a b, the chain over k starting from init
+  kActivate,  // out = act(init + a b)
+  kBackward,  // out = (init + a b) * act'(y)
+  kAdd,       // out += a b: a chain of its own, so that long sums are summed in blocks
+};
+
+// Operands of a tile. init, out and y point at whole rows; the panel's `columns` columns start at
+// `column`.
+template <typename scalar>
+struct TileArgs {
+  const scalar* const* a = nullptr;  // rows of K scalars; for kAdd a[0] is packed [K][height]
+  const scalar* panel = nullptr;     // [K][width] vectors
+  int64_t K = 0;
+  const scalar* const* init = nullptr;  // unless kAdd
+  scalar* const* out = nullptr;
+  const scalar* const* y = nullptr;  // kBackward only
+  int64_t column = 0;
+  int64_t columns = 0;
+  Activation activation = Activation::kTanh;
+};
+
+template <Finish finish, Activation activation, typename scalar>
+ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lanes) {
+  if constexpr (finish == Finish::kActivate) return activate<activation, scalar>(sum);
+  if constexpr (finish == Finish::kBackward) {
+    return activate_backward<activation, scalar>(sum, load_lanes(y, lanes));
+  }
+  return sum;
+}
+
+// Applies the activation to the sums of a tile and stores them.
+template <Finish finish, Activation activation, typename scalar, int R, int P>
+ALWAYS_INLINE void finish_tile(const TileArgs<scalar>& args, const Vec<scalar> (&sum)[R * P],
+                               int64_t first_row, int64_t last_lanes) {
+  constexpr int L = kLanes<scalar>;
+  const auto one = [&](int r, int p) __attribute__((always_inline)) {
+    const int64_t at = args.column + p * L;
+    const int64_t lanes = p < P - 1 ? L : last_lanes;
+    const scalar* y = finish == Finish::kBackward ? args.y[first_row + r] + at : nullptr;
+    store_lanes(args.out[first_row + r] + at,
+                finished<finish, activation, scalar>(sum[r * P + p], y, lanes), lanes);
+  };
+  if constexpr (R * P <= 4 || finish == Finish::kStore) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) one(r, p);
+    }
+  } else {  // a loop, lest the code outgrow the instruction cache
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) one(r, p);
+    }
+  }
+}
+
+// The product of R rows, from first_row on, with a panel of P vectors.
+template <typename scalar, int R, int P, Finish finish>
+__attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
+  constexpr int L = kLanes<scalar>;
+  constexpr int C = chains(P);
+  Vec<scalar> sum[C][R][P];
+  const int64_t last_lanes = args.columns - (P - 1) * L;
+
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[c][r][p] = Vec<scalar>{};
+      if constexpr (finish != Finish::kAdd) {
+        const scalar* init = args.init[first_row + r] + args.column + p * L;
+        sum[0][r][p] = load_lanes(init, p < P - 1 ? L : last_lanes);
+      }
+    }
+  }
+
+  const scalar* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    row[r] = finish == Finish::kAdd ? args.a[0] + r : args.a[first_row + r];
+  }
+  constexpr int64_t kStep = finish == Finish::kAdd ? R : 1;
+  const scalar* panel = args.panel;
+  const int64_t K = args.K;
+
+  const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
+    Vec<scalar> b[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      b[p] = load(panel + (k * P + p) * L);
+      // Few rows do little work per panel row, and the panel comes from L2: ask for it early.
+      if constexpr (R <= 4 && finish != Finish::kAdd) {
+        __builtin_prefetch(panel + ((k + kPrefetchDistance) * P + p) * L);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<scalar> s = broadcast(row[r][k * kStep]);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) sum[c][r][p] = multiply_add(s, b[p], sum[c][r][p]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + C <= K; k += C) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) step(c, k + c);
+  }
+  if constexpr (C > 1) {
+    for (; k < K; ++k) step(0, k);
+  }
+
+  Vec<scalar> total[R * P];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 8
+      for (int half = C / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int c = 0; c < half; ++c) sum[c][r][p] += sum[c + half][r][p];
+      }
+      if constexpr (finish == Finish::kAdd) {
+        const int64_t lanes = p < P - 1 ? L : last_lanes;
+        sum[0][r][p] += load_lanes(args.out[first_row + r] + args.column + p * L, lanes);
+      }
+      total[r * P + p] = sum[0][r][p];
+    }
+  }
+
+  if constexpr (finish == Finish::kActivate || finish == Finish::kBackward) {
+    switch (args.activation) {
+      case Activation::kTanh:
+        return finish_tile<finish, Activation::kTanh, scalar, R, P>(args, total, first_row,
+                                                                    last_lanes);
+      case Activation::kRelu:
+        return finish_tile<finish, Activation::kRelu, scalar, R, P>(args, total, first_row,
+                                                                    last_lanes);
+      case Activation::kSigmoid:
+        return finish_tile<finish, Activation::kSigmoid, scalar, R, P>(args, total, first_row,
+                                                                       last_lanes);
+    }
+  } else {
+    finish_tile<Finish::kStore, Activation::kRelu, scalar, R, P>(args, total, first_row,
+                                                                 last_lanes);
+  }
+}
+
+template <typename scalar>
+using Tile = void (*)(const TileArgs<scalar>&, int64_t first_row);
+
+template <typename scalar, Finish finish, int R, int P>
+constexpr Tile<scalar> tile_or_null() {
+  if constexpr (R <= kTileRows && P <= kTileVectors) return tile<scalar, R, P, finish>;
+  return nullptr;
+}
+
+// Tiles by [height - 1][width - 1].
+template <typename scalar, Finish finish>
+constexpr Tile<scalar> kTiles[6][4] = {
+#define CHARRNN_FAST_TILES(R)                                                  \
+  {tile_or_null<scalar, finish, R, 1>(), tile_or_null<scalar, finish, R, 2>(), \
+   tile_or_null<scalar, finish, R, 3>(), tile_or_null<scalar, finish, R, 4>()}
+    CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
+    CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
+#undef CHARRNN_FAST_TILES
+};
+static_assert(kTileRows <= 6 && kTileVectors <= 4);
+
+// The height of the next tile of `rows` rows: at most kTileRows, and no small remainder.
+inline int64_t tile_height(int64_t rows) {
+  if (rows <= kTileRows) return rows;
+  return rows >= 2 * kTileRows ? kTileRows : (rows + 1) / 2;
+}
+
+// The product of any number of rows with one panel. Call with args.panel, column and columns unset.
+template <Finish finish, typename scalar>
+void multiply_rows(TileArgs<scalar> args, int64_t rows, const Panels<scalar>& panels, int64_t panel,
+                   const scalar* packed) {
+  args.panel = packed;
+  args.column = panels.first_column(panel);
+  args.columns = panels.used_columns(panel);
+  const int width = panels.width(panel);
+  for (int64_t first = 0; first < rows;) {
+    const int64_t height = tile_height(rows - first);
+    kTiles<scalar, finish>[height - 1][width - 1](args, first);
+    first += height;
+  }
+}
+
+// out (rows of panels.columns) += a' b in the columns of one panel of b, with a packed by
+// pack_columns.
+template <typename scalar>
+void add_product(int64_t rows, const scalar* packed_a, const Panels<scalar>& panels, int64_t panel,
+                 const scalar* packed, int64_t K, scalar* out) {
+  const int width = panels.width(panel);
+  for (int64_t first = 0; first < rows;) {
+    const int64_t height = tile_height(rows - first);
+    const scalar* a = packed_a + first * K;
+    scalar* target[kTileRows];
+    for (int64_t r = 0; r < height; ++r) target[r] = out + (first + r) * panels.columns;
+    const TileArgs<scalar> args = {&a,
+                                   packed,
+                                   K,
+                                   nullptr,
+                                   target,
+                                   nullptr,
+                                   panels.first_column(panel),
+                                   panels.used_columns(panel),
+                                   Activation::kTanh};
+    kTiles<scalar, Finish::kAdd>[height - 1][width - 1](args, 0);
+    first += height;
+  }
+}
+
+template <typename scalar, int R>
+ALWAYS_INLINE void pack_tile(const scalar* const* a, int64_t K, int64_t column, scalar* packed) {
+  // A constant number of bytes: a few moves instead of a call.
+  for (int64_t k = 0; k < K; ++k) std::memcpy(packed + k * R, a[k] + column, R * sizeof(scalar));
+}
+
+// Packs columns [column, column + rows) of a, given as K rows, into tiles [K][height].
+template <typename scalar>
+void pack_columns(const scalar* const* a, int64_t K, int64_t column, int64_t rows, scalar* packed) {
+  for (int64_t first = 0; first < rows;) {
+    const int64_t height = tile_height(rows - first);
+    scalar* target = packed + first * K;
+    switch (height) {
+      case 1:
+        pack_tile<scalar, 1>(a, K, column + first, target);
+        break;
+      case 2:
+        pack_tile<scalar, 2>(a, K, column + first, target);
+        break;
+      case 3:
+        pack_tile<scalar, 3>(a, K, column + first, target);
+        break;
+      case 4:
+        pack_tile<scalar, 4>(a, K, column + first, target);
+        break;
+      case 5:
+        pack_tile<scalar, 5>(a, K, column + first, target);
+        break;
+      default:
+        pack_tile<scalar, 6>(a, K, column + first, target);
+        break;
+    }
+    first += height;
+  }
+}
+
+// Moves a block of kBlock x kBlock scalars from rows `source_stride` apart to columns.
+template <typename scalar>
+struct Transpose;
+
+template <>
+struct Transpose<float> {
+  static constexpr int kBlock = 4;
+  static ALWAYS_INLINE void run(const float* source, int64_t source_stride, float* target,
+                                int64_t target_stride) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four a, b, c, d;
+    std::memcpy(&a, source, 16);
+    std::memcpy(&b, source + source_stride, 16);
+    std::memcpy(&c, source + 2 * source_stride, 16);
+    std::memcpy(&d, source + 3 * source_stride, 16);
+    const Four ab_low = SHUFFLE4(a, b, 0, 4, 1, 5), ab_high = SHUFFLE4(a, b, 2, 6, 3, 7);
+    const Four cd_low = SHUFFLE4(c, d, 0, 4, 1, 5), cd_high = SHUFFLE4(c, d, 2, 6, 3, 7);
+    a = SHUFFLE4(ab_low, cd_low, 0, 1, 4, 5);
+    b = SHUFFLE4(ab_low, cd_low, 2, 3, 6, 7);
+    c = SHUFFLE4(ab_high, cd_high, 0, 1, 4, 5);
+    d = SHUFFLE4(ab_high, cd_high, 2, 3, 6, 7);
+    std::memcpy(target, &a, 16);
+    std::memcpy(target + target_stride, &b, 16);
+    std::memcpy(target + 2 * target_stride, &c, 16);
+    std::memcpy(target + 3 * target_stride, &d, 16);
+  }
+};
+
+template <>
+struct Transpose<double> {
+  static constexpr int kBlock = 1;
+  static ALWAYS_INLINE void run(const double* source, int64_t, double* target, int64_t) {
+    *target = *source;
+  }
+};
+
+// Packs columns of the product a b with b = W' (W is [columns, K], as PyTorch keeps weights): panel
+// p of the result is [K][width(p)] vectors, zero beyond the last column.
+template <typename scalar>
+void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, int64_t first_panel,
+                     int64_t last_panel, scalar* packed) {
+  constexpr int64_t kBlock = Transpose<scalar>::kBlock;
+  constexpr int64_t kLine =
+      64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t stride = panels.width(p) * kLanes<scalar>;
+    const int64_t n = panels.used_columns(p);
+    const int64_t whole = n / kBlock * kBlock;
+    const scalar* source = W + panels.first_column(p) * K;
+    scalar* target = packed + panels.first_column(p) * K;
+    for (int64_t line = 0; line < K; line += kLine) {
+      const int64_t end = line + kLine < K ? line + kLine : K;
+      for (int64_t j = 0; j < whole; j += kBlock) {
+        int64_t k = line;
+        for (; k + kBlock <= end; k += kBlock) {
+          Transpose<scalar>::run(source + j * K + k, K, target + k * stride + j, stride);
+        }
+        for (; k < end; ++k) {
+          for (int64_t i = j; i < j + kBlock; ++i) target[k * stride + i] = source[i * K + k];
+        }
+      }
+      for (int64_t k = line; k < end; ++k) {
+        for (int64_t j = whole; j < n; ++j) target[k * stride + j] = source[j * K + k];
+        for (int64_t j = n; j < stride; ++j) target[k * stride + j] = 0;
+      }
+    }
+  }
+}
+
+// The same with b given as K rows of `columns`, each found by row(k).
+template <typename scalar, typename RowOf>
+ALWAYS_INLINE void pack_rows(const RowOf& row, int64_t K, const Panels<scalar>& panels,
+                             int64_t panel, scalar* target) {
+  constexpr int L = kLanes<scalar>;
+  const int width = panels.width(panel);
+  const int64_t last = panels.used_columns(panel) - (width - 1) * L;
+  const int64_t first_column = panels.first_column(panel);
+  for (int64_t k = 0; k < K; ++k) {
+    const scalar* source = row(k) + first_column;
+    for (int p = 0; p < width - 1; ++p) store(target + p * L, load(source + p * L));
+    source += (width - 1) * L;
+    target += (width - 1) * L;
+    store(target, load_lanes(source, last));
+    target += L;
+  }
+}
