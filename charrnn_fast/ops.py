@@ -1,0 +1,211 @@
+"""The ops of the extension: shapes for tracing, the ISAs, and which path a call takes.
+
+This is the only file that uses ``torch.ops.charrnn_fast`` and ``charrnn_fast._C``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from charrnn_fast._extension import _C
+
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
+
+# The short ways in; None when the call needs the long way. See csrc/module.cpp.
+fast_forward = _C.forward
+fast_cell = _C.cell
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """A stack of layers, time-major; ``mode`` is one of :data:`MODES`' values."""
+    output, h_n = torch.ops.charrnn_fast.rnn.default(
+        input,
+        hx,
+        list(params),
+        batch_sizes,
+        lengths,
+        mode,
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+    )
+    return output, h_n
+
+
+def rnn_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+) -> tuple[Tensor, Tensor]:
+    """One layer of one or two directions, time-major."""
+    y, h_n = torch.ops.charrnn_fast.rnn_layer.default(
+        input, hx, list(weights), batch_sizes, lengths, mode, has_biases
+    )
+    return y, h_n
+
+
+# Raises with the message where the condition is false, or is a guard where it is symbolic.
+_check: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """Refuses calls that reach the fake because one tensor of several is on meta."""
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if "meta" in devices and len(devices) > 1:
+        raise RuntimeError(f"RNN: Expected all tensors to be on the same device, got {devices}")
+
+
+def _rnn_layer_fake(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(input, hx, *weights, batch_sizes, lengths)
+    directions = len(weights) // (4 if has_biases else 2)
+    hidden_size = weights[1].shape[0]
+    tokens = input.dtype == torch.int64
+    packed = batch_sizes is not None
+    expected_dim = (1 if packed else 2) + (0 if tokens else 1)
+    if input.dim() != expected_dim:
+        raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+    if not tokens:
+        _check(
+            input.shape[-1] == weights[0].shape[1],
+            lambda: (
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {weights[0].shape[1]}, got {input.shape[-1]}"
+            ),
+        )
+    batch: int | torch.SymInt
+    if batch_sizes is None:
+        _check(input.shape[0] > 0, lambda: "Expected sequence length to be larger than 0 in RNN")
+        rows: tuple[int, ...] = tuple(input.shape[:2])
+        batch = input.shape[1]
+    else:
+        rows = (input.shape[0],)
+        if hx is not None:
+            batch = hx.shape[1]
+        elif batch_sizes.device.type != "meta" and not _is_fake(batch_sizes):
+            batch = int(batch_sizes[0])
+        else:
+            batch = torch.library.get_ctx().new_dynamic_size()
+    y = weights[0].new_empty((*rows, directions * hidden_size))
+    h_n = weights[0].new_empty((directions, batch, hidden_size))
+    return y, h_n
+
+
+def _rnn_layer_backward_fake(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    y: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    _check_devices(dy, dh_n, input, hx, *weights, y, batch_sizes, lengths)
+    grads = []
+    for tensor, needed in zip([input, hx, *weights], needs, strict=True):
+        if not needed:
+            grads.append(y.new_empty((0,)))
+        elif tensor is not None:
+            grads.append(y.new_empty(tensor.shape))
+        elif dh_n is not None:
+            grads.append(y.new_empty(dh_n.shape))
+        else:
+            directions = len(weights) // (4 if has_biases else 2)
+            grads.append(y.new_empty((directions, y.shape[1], weights[1].shape[0])))
+    return grads
+
+
+torch.library.register_fake("charrnn_fast::rnn_layer", _rnn_layer_fake)
+torch.library.register_fake("charrnn_fast::rnn_layer_backward", _rnn_layer_backward_fake)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def why_composite(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> str | None:
+    """Why these tensors take the composite path, or None when the kernels serve them.
+
+    This asks the rule by which the ops themselves decide.
+    """
+    return _C.why_composite(input, hx, list(weights))
+
+
+def counters() -> dict[str, int]:
+    """How many layers ran fused and composite, forward and backward, since the import."""
+    return _C.counters()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this CPU runs and this build holds kernels for, best first."""
+    return _C.isas()
+
+
+def current_isa() -> str:
+    """The instruction set in use: the best one, unless CHARRNN_FAST_ISA or use_isa chose."""
+    return _C.isa()
+
+
+class use_isa(contextlib.AbstractContextManager["use_isa"]):
+    """Selects an instruction set for the whole process: a call, or a ``with`` block that undoes it.
+
+    Raises:
+        ValueError: the name is unknown, or this CPU does not run it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._before = current_isa()
+        _C.select_isa(name)
+
+    def __exit__(self, *exception: object) -> None:
+        _C.select_isa(self._before)
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, torch, OpenMP and instruction sets of this build."""
+    return _C.build_info()
+
+
+@contextlib.contextmanager
+def assert_fused() -> Iterator[None]:
+    """Fails when a layer inside the block ran composite, or none ran at all."""
+    before = counters()
+    yield
+    ran = {name: count - before[name] for name, count in counters().items()}
+    if ran["forward_composite"] or ran["backward_composite"] or not ran["forward_fused"]:
+        raise AssertionError(f"expected fused kernels only, ran {ran}")
