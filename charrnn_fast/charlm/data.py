@@ -1,0 +1,234 @@
+"""Text as arrays of ids, and the batches that training reads from them."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .vocabulary import CHUNK, MAX_CODE_POINT, ByteVocabulary, Ids, OnUnknown, Vocabulary
+from .vocabulary import code_points as to_code_points
+
+PAD = -100  # the target of a padded position: what cross_entropy ignores
+
+
+def builtin_text() -> str:
+    """465 thousand characters of English that come with Python: the documentation's topics."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def text_pieces(path: str | Path | None) -> Iterator[str]:
+    """The text of a UTF-8 file, or the built-in one for None, in pieces of at most ``CHUNK``.
+
+    Raises UsageError if there is no such file, or it is no UTF-8.
+    """
+    if path is None:
+        text = builtin_text()
+        yield from (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
+        return
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    read = 0
+    with _open(path) as file:
+        while piece := file.read(CHUNK):
+            yield _decode(decoder, piece, path, read)
+            read += len(piece)
+    _decode(decoder, b"", path, read)
+
+
+def _open(path: str | Path) -> BinaryIO:
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"no such file: {path}")
+    if not path.is_file():
+        raise UsageError(f"not a regular file: {path}")
+    return path.open("rb")
+
+
+def _decode(decoder: codecs.IncrementalDecoder, piece: bytes, path: str | Path, offset: int) -> str:
+    try:
+        return decoder.decode(piece, final=not piece)
+    except UnicodeDecodeError as error:
+        where = offset + error.start
+        raise UsageError(
+            f"{path} is not UTF-8 near byte {where}; convert it, or read it with --bytes"
+        ) from None
+
+
+class Corpus(NamedTuple):
+    """A text: ``ids[n]`` is the id of its n-th character."""
+
+    vocabulary: Vocabulary
+    ids: Ids
+
+
+def load_corpus(path: str | Path | None = None, byte_mode: bool = False) -> Corpus:
+    """Reads a UTF-8 file (or the built-in text) and makes the vocabulary of its characters.
+
+    The file is read twice, piece by piece, so that memory stays near one id a character. In byte
+    mode any file is read, once, and the ids are its bytes.
+
+    Raises UsageError for a missing file, invalid UTF-8, or fewer than two characters.
+    """
+    vocabulary: Vocabulary
+    ids: Ids
+    if byte_mode:
+        vocabulary = ByteVocabulary()
+        if path is None:
+            ids = vocabulary.encode(builtin_text())
+        else:
+            with _open(path) as file:
+                ids = np.fromfile(file, dtype=np.uint8)
+    else:
+        seen = np.zeros(MAX_CODE_POINT + 1, dtype=bool)
+        length = 0
+        for piece in text_pieces(path):
+            seen[to_code_points(piece)] = True
+            length += len(piece)
+        if length == 0:
+            raise UsageError(f"the text is empty: {path}")
+        vocabulary = Vocabulary(map(chr, np.flatnonzero(seen)))
+        ids = np.empty(length, dtype=vocabulary.dtype)
+        start = 0
+        for piece in text_pieces(path):
+            ids[start : start + len(piece)] = vocabulary.encode(piece)
+            start += len(piece)
+    if len(ids) < 2:
+        what = "is empty" if len(ids) == 0 else "has a single character"
+        raise UsageError(f"the text {what}: {path}; two are the least there is to predict")
+    return Corpus(vocabulary, ids)
+
+
+def encode_file(
+    path: str | Path | None, vocabulary: Vocabulary, on_unknown: OnUnknown = "error"
+) -> Iterator[Ids]:
+    """The ids of a file, piece by piece, with a vocabulary made elsewhere."""
+    if isinstance(vocabulary, ByteVocabulary) and path is not None:
+        with _open(path) as file:
+            while piece := file.read(CHUNK):
+                yield np.frombuffer(piece, dtype=np.uint8)
+        return
+    for text in text_pieces(path):
+        yield vocabulary.encode(text, on_unknown)
+
+
+def split(ids: Ids, fraction: float) -> tuple[Ids, Ids]:
+    """The first part, to train on, and the last ``fraction`` of the text, held out."""
+    cut = len(ids) - int(len(ids) * fraction)
+    return ids[:cut], ids[cut:]
+
+
+def to_tensor(ids: Ids, device: torch.device | str = "cpu") -> Tensor:
+    """Ids as int64, row-major, whatever the strides of the view."""
+    return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of training, for all processes together."""
+
+    tokens: Tensor  # int64 [T, B]
+    targets: Tensor  # int64 [T, B]: the characters that follow; PAD where there is none
+    count: int  # targets that are not PAD
+    fresh: bool  # the sequences begin here: the carried state is to be dropped
+
+
+class Batches(Protocol):
+    """An epoch of batches by index, the same ones whenever asked: training resumes anywhere."""
+
+    batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, epoch: int, index: int) -> Batch: ...
+
+
+@dataclass
+class StreamBatches:
+    """The text cut into B streams that run side by side, T characters a step.
+
+    Stream b of batch i+1 begins where stream b of batch i ended, so the hidden state carries over.
+    ``batch_size`` shrinks to what the text is long enough for.
+    """
+
+    ids: Ids
+    batch_size: int
+    seq_length: int
+
+    def __post_init__(self) -> None:
+        usable = len(self.ids) - 1
+        if usable < self.seq_length:
+            raise UsageError(
+                f"{len(self.ids)} characters to train on are too few for one sequence of "
+                f"{self.seq_length}; give more text or a smaller --seq-length"
+            )
+        self.batch_size = min(self.batch_size, usable // self.seq_length)
+        length = usable // self.batch_size
+        used = length * self.batch_size
+        self._tokens = self.ids[:used].reshape(self.batch_size, length).T  # [length, B], views
+        self._targets = self.ids[1 : used + 1].reshape(self.batch_size, length).T
+        self._steps = length // self.seq_length
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        rows = slice(index * self.seq_length, (index + 1) * self.seq_length)
+        return Batch(
+            to_tensor(self._tokens[rows]),
+            to_tensor(self._targets[rows]),
+            self.seq_length * self.batch_size,
+            fresh=index == 0,
+        )
+
+
+class LineBatches:
+    """Every line is an example of its own: it follows a line break and ends with one.
+
+    Lines are shuffled each epoch by ``seed``, and padded to the longest of their batch; padding
+    does not count in the loss. ``line_break`` is the id of the line break.
+    """
+
+    def __init__(self, ids: Ids, batch_size: int, line_break: int, seed: int) -> None:
+        ends = np.flatnonzero(ids == line_break)
+        starts = np.concatenate([[0], ends + 1])
+        ends = np.concatenate([ends, [len(ids)]])
+        filled = ends > starts
+        self.starts, self.ends = starts[filled], ends[filled]
+        if not len(self.starts):
+            raise UsageError("the text has no line that is not empty")
+        self.ids, self.batch_size = ids, min(batch_size, len(self.starts))
+        self.line_break, self.seed = line_break, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
+            self._order = (epoch, order)
+        n, m = len(self.starts), len(self)
+        return self.pad(self._order[1][index * n // m : (index + 1) * n // m])
+
+    def pad(self, lines: np.ndarray) -> Batch:
+        """The batch of the given lines, whatever the order of the epoch."""
+        width = int((self.ends[lines] - self.starts[lines]).max()) + 1
+        tokens = np.full((width, len(lines)), self.line_break, dtype=np.int64)
+        targets = np.full((width, len(lines)), PAD, dtype=np.int64)
+        count = 0
+        for column, line in enumerate(lines):
+            text = self.ids[self.starts[line] : self.ends[line]]
+            tokens[1 : len(text) + 1, column] = text
+            targets[: len(text), column] = text
+            targets[len(text), column] = self.line_break
+            count += len(text) + 1
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), count, fresh=True)

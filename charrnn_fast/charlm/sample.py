@@ -1,0 +1,182 @@
+"""Drawing text from a model, one character at a time, with the state carried along."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import to_tensor
+from .errors import UsageError
+from .model import CharRNN
+from .vocabulary import OnUnknown, Vocabulary
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How the next character is drawn from the scores.
+
+    ``temperature`` divides the scores; 0 always takes the best one. ``top_k`` keeps the k best (0:
+    all), and ties with the last of them. ``top_p`` keeps the fewest characters, best first, whose
+    probabilities reach p (1: all). The draw inverts the cumulative distribution at a uniform number
+    from a ``torch.Generator``, so that any implementation of the same model draws the same text.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and self.temperature < float("inf")):
+            raise UsageError(f"the temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise UsageError(f"top-k must be 0 (all) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p must be in (0, 1], not {self.top_p}")
+
+
+def draw(logits: Tensor, uniforms: Tensor, options: SampleOptions) -> Tensor:
+    """One id for each row of ``logits [S, V]``, by a uniform number of [0, 1) each ``[S]``."""
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    if 0 < options.top_k < logits.shape[-1]:
+        least = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    best = logits.max(-1, keepdim=True).values
+    weights = ((logits - best) / options.temperature).exp()
+    if options.top_p < 1:
+        falling, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = falling.cumsum(-1) - falling
+        dropped = before >= options.top_p * weights.sum(-1, keepdim=True)
+        weights = weights.masked_fill(dropped.gather(-1, order.argsort(-1)), 0)
+    total = weights.cumsum(-1)
+    chosen = (total <= uniforms[:, None] * total[:, -1:]).sum(-1)
+    # Rounding may put u * total at total itself: the last character that has any weight is meant.
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(chosen, last)
+
+
+def step(
+    model: CharRNN, tokens: Tensor, state: Tensor | None, uniforms: Tensor, options: SampleOptions
+) -> tuple[Tensor, Tensor]:
+    """Draws N characters for S streams: ``uniforms [N, S]`` to ids ``[N, S]`` and the state.
+
+    ``tokens [S]`` are the last characters so far, not yet seen by the model whose state is given.
+    The returned state has not seen the last row drawn, so that calls can follow one another.
+    """
+    drawn = []
+    for row in uniforms:
+        logits, state = model(tokens[None], state)
+        tokens = draw(logits[0], row, options)
+        drawn.append(tokens)
+    assert state is not None
+    return torch.stack(drawn), state
+
+
+def start_token(vocabulary: Vocabulary) -> int:
+    """What stands before the first character when there is no prompt: a line break if known."""
+    return max(vocabulary.characters.find("\n"), 0)
+
+
+@torch.no_grad()
+def stream(
+    model: CharRNN,
+    vocabulary: Vocabulary,
+    prompt: str = "",
+    length: int | None = None,
+    options: SampleOptions | None = None,
+    *,
+    seed: int | None = None,
+    streams: int = 1,
+    on_unknown: OnUnknown = "error",
+    chunk: int = 256,
+) -> Iterator[Tensor]:
+    """Continues ``prompt`` by ``length`` characters (None: without end), ``streams`` times.
+
+    Yields ids ``[n, streams]`` as they are drawn, ``chunk`` characters at a time at most. The text
+    depends on ``seed`` and not on ``chunk``. Raises UsageError for a character of the prompt that
+    is not in the vocabulary, unless ``on_unknown`` says what to do with it.
+    """
+    options = options or SampleOptions()
+    device = model.head.weight.device
+    generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed())
+    ids = vocabulary.encode(prompt, on_unknown)
+    prefix = to_tensor(ids, device) if len(ids) else torch.tensor([start_token(vocabulary)])
+    prefix = prefix.to(device)
+    training = model.training
+    model.eval()
+    try:
+        state = None
+        if len(prefix) > 1:
+            state = model(prefix[:-1, None])[1].expand(-1, streams, -1).contiguous()
+        tokens = prefix[-1:].expand(streams)
+        done = 0
+        while length is None or done < length:
+            n = chunk if length is None else min(chunk, length - done)
+            uniforms = torch.rand(n, streams, generator=generator).to(device)
+            drawn, state = step(model, tokens, state, uniforms, options)
+            yield drawn
+            tokens, done = drawn[-1], done + n
+    finally:
+        model.train(training)
+
+
+def sample(
+    model: CharRNN,
+    vocabulary: Vocabulary,
+    prompt: str = "",
+    length: int = 200,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    streams: int = 1,
+    stop: str = "",
+    on_unknown: OnUnknown = "error",
+) -> list[str]:
+    """``streams`` continuations of ``prompt``, ``length`` characters each, without the prompt.
+
+    A text ends just before ``stop`` where that is given and occurs. Same seed, same texts, for both
+    backends: their scores differ by rounding, which changes a draw about once in a million.
+    """
+    options = SampleOptions(temperature, top_k, top_p)
+    texts = [""] * streams
+    decoders = [vocabulary.decoder() for _ in texts]
+    for ids in stream(
+        model,
+        vocabulary,
+        prompt,
+        length,
+        options,
+        seed=seed,
+        streams=streams,
+        on_unknown=on_unknown,
+    ):
+        columns = ids.T.cpu().numpy()
+        texts = [t + d(c) for t, d, c in zip(texts, decoders, columns, strict=True)]
+        if stop and all(stop in text for text in texts):
+            break
+    return [text.split(stop)[0] if stop else text for text in texts]
+
+
+def write_stream(pieces: Iterator[Tensor], vocabulary: Vocabulary, stop: str = "") -> str:
+    """Prints one stream as it is drawn and returns it; ends before ``stop``."""
+    decoder, text, shown = vocabulary.decoder(), "", 0
+    for ids in pieces:
+        text += decoder(ids.cpu().numpy())
+        end = text.find(stop) if stop else -1
+        if end >= 0:
+            text = text[:end]
+        # A stop string may have begun at the end of what is there: hold that back.
+        sure = len(text) if end >= 0 or not stop else max(shown, len(text) - len(stop) + 1)
+        sys.stdout.write(text[shown:sure])
+        sys.stdout.flush()
+        shown = sure
+        if end >= 0:
+            return text
+    sys.stdout.write(text[shown:])
+    return text

@@ -1,0 +1,305 @@
+"""The command ``charrnn-fast``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from .charlm.errors import TrainingDiverged, UsageError
+
+EXAMPLES = """\
+examples:
+  charrnn-fast demo                                 everything at once, in about a minute
+  charrnn-fast train                                learn from the text that comes with Python
+  charrnn-fast train my.txt --out-dir runs/mine     learn from a file of yours
+  charrnn-fast train --resume runs/mine             go on after Ctrl-C or a crash
+  charrnn-fast sample runs/mine --start "Once" --temperature 0.8
+"""
+TRAIN_EXAMPLES = """\
+examples:
+  charrnn-fast train my.txt                                       2 layers of 128, in out/
+  charrnn-fast train my.txt --hidden-size 512 --num-layers 1 --learning-rate 1e-3
+  charrnn-fast train names.txt --lines                            every line is an example
+  charrnn-fast train program.bin --bytes                          any file
+  charrnn-fast train --config run.toml --max-epochs 30            flags win over the file
+  charrnn-fast train --resume out --max-epochs 30                 longer than first planned
+  torchrun --nproc-per-node=2 -m charrnn_fast train my.txt        two processes
+Underscores serve as well as hyphens: --batch_size is --batch-size.
+"""
+SAMPLE_EXAMPLES = """\
+examples:
+  charrnn-fast sample out --start "To be" --length 500
+  charrnn-fast sample out --temperature 0.7 --top-k 10 --seed 1   less wild, and the same again
+  charrnn-fast sample out --greedy --stop "."                     the best guess, one sentence
+  charrnn-fast sample out --start FILE:prompt.txt --num-samples 3 -o samples.txt
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a failure, 2 for a wrong request."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = parser().parse_args([with_hyphens(a) for a in arguments])
+        if getattr(options, "threads", None):
+            import torch
+
+            torch.set_num_threads(options.threads)
+        command: Callable[[argparse.Namespace], int | None] = options.command
+        return command(options) or 0
+    except UsageError as error:
+        return fail(error, 2)
+    except (TrainingDiverged, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return fail(error, 1)
+    except KeyboardInterrupt as interrupt:
+        return fail(str(interrupt) or "interrupted", 130)
+
+
+def fail(error: object, code: int) -> int:
+    print(f"charrnn-fast: {error}".replace("\n", " "), file=sys.stderr)
+    return code
+
+
+def with_hyphens(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    main = Parser(
+        prog="charrnn-fast",
+        description="Character-level language models with fast recurrent layers.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    main.add_argument("--version", action="version", version=version())
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int | None], help: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", run_train, "train a model on a text", TRAIN_EXAMPLES)
+    add_train_options(train)
+
+    sample = add("sample", run_sample, "write text with a trained model", SAMPLE_EXAMPLES)
+    sample.add_argument("run", metavar="RUN", help="folder of a run")
+    text = sample.add_argument
+    text("--start", "--prompt", "--prime-text", "--primetext", default="", metavar="TEXT",
+         help="text to continue, or FILE:path")  # fmt: skip
+    text("--length", "--max-new-tokens", type=int, default=500, help="characters to draw (500)")
+    text("--num-samples", "--streams", type=int, default=1, help="texts to draw (1)")
+    text("--temperature", type=float, default=1.0, help="below 1 is tamer, above wilder (1.0)")
+    text("--greedy", action="store_true", help="always the best character: --temperature 0")
+    text("--top-k", type=int, default=0, help="draw from the k best (0: all)")
+    text("--top-p", type=float, default=1.0, help="draw from the best that make up p (1: all)")
+    text("--seed", type=int, help="same seed, same text (without: another one each time)")
+    text("--stop", default="", metavar="TEXT", help="end before this text")
+    text("--on-unknown", choices=("error", "skip", "replace"), default="error",
+         help="what to do with characters of the prompt that the model has never seen")  # fmt: skip
+    text("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
+    add_run_options(sample)
+
+    add("info", run_info, "show versions, instruction sets and threads")
+    demo = add("demo", run_demo, "train on the built-in text, and compare with torch.nn.RNN")
+    demo.add_argument("--out-dir", help="folder for the run (without: a new one in /tmp)")
+    demo.add_argument("--max-epochs", type=int, default=5, help="passes over the text (5)")
+    demo.add_argument("--max-iters", type=int, default=0, help="steps, in place of epochs")
+    return main
+
+
+def add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--last", action="store_true", help="the last weights, not the best ones")
+    sub.add_argument("--backend", choices=("fast", "torch"), default="fast")
+    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--threads", type=int, default=0, help="threads to compute with")
+
+
+def add_train_options(sub: argparse.ArgumentParser) -> None:
+    from .charlm.train import TrainOptions
+
+    hints = get_type_hints(TrainOptions)
+    for f in fields(TrainOptions):
+        about: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
+        if f.name == "text":
+            sub.add_argument("text", metavar="TEXT", nargs="?", **about)
+            continue
+        names = [f.name, *f.metadata["aliases"]]
+        flags = ["--" + name.replace("_", "-") for name in names]
+        if isinstance(f.default, bool):
+            sub.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
+            continue
+        about["help"] += f" ({f.default})"
+        if choices := get_args(hints[f.name]):
+            sub.add_argument(*flags, choices=choices, dest=f.name, **about)
+        else:
+            kind = type(f.default).__name__.upper()
+            sub.add_argument(*flags, type=type(f.default), dest=f.name, metavar=kind, **about)
+    sub.add_argument("--config", metavar="FILE", help="TOML file with options by these names")
+    sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Options from a TOML file, checked against those that there are."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # the same module, before it joined Python
+        import tomli as tomllib
+
+    from .charlm.train import TrainOptions
+
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {error}") from None
+    known = {f.name: f for f in fields(TrainOptions)}
+    names = {a: n for n, f in known.items() for a in (n, *f.metadata["aliases"])}
+    hints = get_type_hints(TrainOptions)
+    options = {}
+    for key, value in values.items():
+        name = names.get(key.replace("-", "_"))
+        if name is None:
+            raise UsageError(f"{path}: no such option: {key}")
+        wanted = str if name == "text" else type(known[name].default)
+        if wanted is float and type(value) is int:
+            value = float(value)
+        choices = get_args(hints[name]) if name != "text" else ()
+        if type(value) is not wanted or (choices and value not in choices):
+            expected = f"one of {', '.join(choices)}" if choices else wanted.__name__
+            raise UsageError(f"{path}: {key} must be {expected}, not {value!r}")
+        options[name] = value
+    return options
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from .charlm.train import Trainer, TrainOptions, resumed_options
+
+    given = read_config(arguments.config) if arguments.config else {}
+    given |= {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
+              if hasattr(arguments, f.name)}  # fmt: skip
+    if arguments.resume:
+        options = resumed_options(arguments.resume, given)
+    else:
+        options = replace(TrainOptions(), **given)
+    trainer = Trainer(options, resume=bool(arguments.resume), overwrite=arguments.overwrite)
+    trainer.say(
+        f"{sum(p.numel() for p in trainer.parameters):,} weights, "
+        f"{len(trainer.vocabulary)} characters, {trainer.total_steps} steps"
+    )
+    progress = trainer.run()
+    trainer.say(f"saved in {options.out_dir}; best at step {progress.best_step}; "
+                f"try: charrnn-fast sample {options.out_dir}")  # fmt: skip
+    if trainer.world > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    from .charlm.checkpoint import from_pretrained
+    from .charlm.data import text_pieces
+    from .charlm.sample import SampleOptions, sample, stream, write_stream
+
+    options = SampleOptions(
+        0.0 if arguments.greedy else arguments.temperature, arguments.top_k, arguments.top_p
+    )
+    if arguments.length < 1 or arguments.num_samples < 1:
+        raise UsageError("--length and --num-samples must be at least 1")
+    prompt = arguments.start
+    if prompt.startswith("FILE:"):
+        prompt = "".join(text_pieces(prompt.removeprefix("FILE:")))
+    model, vocabulary, _ = from_pretrained(
+        arguments.run, arguments.backend, arguments.device, arguments.last
+    )
+    if arguments.num_samples == 1 and not arguments.output:
+        pieces = stream(
+            model, vocabulary, prompt, arguments.length, options,
+            seed=arguments.seed, on_unknown=arguments.on_unknown,
+            chunk=32 if sys.stdout.isatty() else 1024,
+        )  # fmt: skip
+        first = next(pieces)  # an unknown character is found before anything is printed
+        sys.stdout.write(prompt)
+        write_stream((p for g in ([first], pieces) for p in g), vocabulary, arguments.stop)
+        sys.stdout.write("\n")
+        return
+    texts = sample(
+        model, vocabulary, prompt, arguments.length,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        seed=arguments.seed, streams=arguments.num_samples, stop=arguments.stop,
+        on_unknown=arguments.on_unknown,
+    )  # fmt: skip
+    content = ("\n" + "-" * 15 + "\n").join(prompt + text for text in texts) + "\n"
+    if arguments.output:
+        Path(arguments.output).write_text(content, encoding="utf-8")
+    else:
+        sys.stdout.write(content)
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    import torch
+
+    import charrnn_fast
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no"
+    rows = {
+        "charrnn_fast": charrnn_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "instruction sets": ", ".join(charrnn_fast.available_isas()),
+        "in use": charrnn_fast.current_isa(),
+        "build": json.dumps(charrnn_fast.build_info()),
+    }
+    for name, value in rows.items():
+        print(f"{name:17} {value}")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from .charlm.demo import demo
+
+    demo(arguments.out_dir, arguments.max_epochs, arguments.max_iters)
+
+
+def version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("charrnn_fast")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
