@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from charrnn_fast.cli import main
+
+SMALL = ["--hidden-size", "8", "--batch-size", "4", "--seq-length", "8", "--max-iters", "20"]
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "charrnn_fast", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def test_train_and_sample_in_a_shell(text, tmp_path, backend):
+    """The whole way of a user, without a terminal: no progress bar, no warning."""
+    folder = tmp_path / "run"
+    done = run("train", str(text), "--out_dir", str(folder), "--backend", backend, *SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bits/character" in done.stdout
+    assert f"charrnn-fast sample {folder}" in done.stdout
+    sample = ["sample", str(folder), "--start", "the ", "--length", "100", "--seed", "1"]
+    texts = [run(*sample, "--backend", b) for b in ("fast", "torch")]
+    assert all((t.returncode, t.stderr) == (0, "") for t in texts)
+    assert texts[0].stdout == texts[1].stdout
+    assert texts[0].stdout.startswith("the ")
+    assert len(texts[0].stdout) == 4 + 100 + 1
+
+
+def test_progress_bar_on_a_terminal(text, tmp_path):
+    """With a terminal on stderr there is a bar with speed and loss."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = ["train", str(text), "--out-dir", str(tmp_path / "run"), *SMALL, "--log-interval=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "charrnn_fast", *command],
+        stderr=writer,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(writer)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(reader, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(reader)
+    assert process.wait() == 0
+    assert b"char/s" in shown
+    assert b"loss=" in shown
+
+
+@pytest.fixture
+def folder(text, tmp_path, capsys):
+    assert main(["train", str(text), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
+    capsys.readouterr()
+    return str(tmp_path / "run")
+
+
+def fails(capsys, *arguments) -> str:
+    """Runs a wrong command: exit code 2, and one line on stderr, which is returned."""
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("charrnn-fast: ")
+    assert shown.err.count("\n") == 1
+    return shown.err
+
+
+def test_wrong_texts(capsys, tmp_path):
+    out = ["--out-dir", str(tmp_path / "run")]
+    assert "no such file: nowhere.txt" in fails(capsys, "train", "nowhere.txt", *out)
+    path = tmp_path / "text"
+    for content, message in [
+        ("", "is empty"),
+        ("a", "single character"),
+        ("ab" * 10, "too few for one sequence of 50"),
+    ]:
+        path.write_text(content)
+        assert message in fails(capsys, "train", str(path), *out)
+    path.write_bytes(b"\xff\xfe" * 100)
+    assert "--bytes" in fails(capsys, "train", str(path), *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_holds_a_run(capsys, folder, text):
+    message = fails(capsys, "train", str(text), "--out-dir", folder, *SMALL)
+    assert "already holds a run" in message
+    assert "--resume" in message
+    assert main(["train", str(text), "--out-dir", folder, "--overwrite", *SMALL]) == 0
+
+
+def test_resume(capsys, folder):
+    assert "finished" in fails(capsys, "train", "--resume", folder)
+    assert "--hidden-size" in fails(capsys, "train", "--resume", folder, "--hidden-size", "9")
+    assert main(["train", "--resume", folder, "--max-iters", "30"]) == 0
+    capsys.readouterr()
+    assert "no such run" in fails(capsys, "train", "--resume", folder + "x")
+
+
+def test_unknown_character_of_a_prompt(capsys, folder):
+    message = fails(capsys, "sample", folder, "--start", "thé")
+    assert "'é' (U+00E9)" in message
+    assert "--on-unknown skip" in message
+    for policy in ("skip", "replace"):
+        assert main(["sample", folder, "--start", "thé", "--on-unknown", policy]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "nowhere"],
+        ["sample"],
+        ["sample", "{}", "--temperature", "-1"],
+        ["sample", "{}", "--temperature", "warm"],
+        ["sample", "{}", "--top-p", "2"],
+        ["sample", "{}", "--length", "0"],
+        ["sample", "{}", "--start", "FILE:nowhere"],
+        ["train", "--backend", "jax"],
+        ["train", "--batch-size", "0"],
+        ["train", "--config", "nowhere.toml"],
+        ["train", "--no-such-option"],
+        ["fly"],
+        [],
+    ],
+)
+def test_wrong_commands(capsys, folder, arguments):
+    fails(capsys, *(a.format(folder) for a in arguments))
+
+
+def test_sampling_options(capsys, folder, tmp_path):
+    prompt = tmp_path / "prompt"
+    prompt.write_text("the fox")
+
+    def text(*options):
+        assert main(["sample", folder, "--length", "60", "--seed", "3", *options]) == 0
+        return capsys.readouterr().out
+
+    assert text("--start", "FILE:" + str(prompt)) == text("--primetext=the fox")
+    assert text("--greedy") == text("--temperature", "0") == text("--top_k", "1")
+    assert text("--num-samples", "3").count("-" * 15) == 2
+    whole = text()
+    assert text("--stop", whole[20:22]) == whole[: whole.index(whole[20:22])] + "\n"
+    output = tmp_path / "output"
+    assert text("-o", str(output)) == ""
+    assert output.read_text() == whole
+    assert text("--last") != ""
+
+
+def test_config_file(capsys, text, tmp_path):
+    """Options come from the file, flags win, and all of them are saved with the run."""
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'text = "{text}"\nrnn_size = 8\nmax-iters = 5\nlr = 1\nlines = true\nbackend = "torch"\n'
+    )
+    out = str(tmp_path / "run")
+    assert main(["train", "--config", str(config), "--out-dir", out, "--max-iters", "7"]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["hidden_size"] == 8
+    training = saved["training"]
+    assert (training["max_iters"], training["learning_rate"], training["lines"]) == (7, 1.0, True)
+    assert training["seq_length"] == 50
+    capsys.readouterr()
+    for line, message in [
+        ("speed = 1", "no such option: speed"),
+        ('batch_size = "many"', "batch_size must be int"),
+        ('backend = "jax"', "backend must be one of fast, torch"),
+        ("lines = 1", "lines must be bool"),
+        ("=", "no TOML"),
+    ]:
+        config.write_text(line)
+        assert message in fails(capsys, "train", "--config", str(config))
+
+
+def test_help_teaches_by_example(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["sample", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("charrnn_fast", "torch", "threads", "cuda", "instruction sets"):
+        assert word in shown
+
+
+def test_demo(tmp_path, capsys):
+    """A short one: the same report, and a model that can be sampled from."""
+    assert main(["demo", "--out-dir", str(tmp_path), "--max-iters", "10"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("bits/character", "characters/s", "times torch.nn.RNN", "losses agree"):
+        assert word in shown
+    assert main(["sample", str(tmp_path / "fast"), "--length", "10"]) == 0

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from charrnn_fast.charlm import (
+    ByteVocabulary,
+    ModelConfig,
+    SampleOptions,
+    UsageError,
+    Vocabulary,
+    build_model,
+    sample,
+    stream,
+)
+from charrnn_fast.charlm.sample import draw, write_stream
+
+VOCABULARY = Vocabulary("\n abcdefghijklmnopqrstuvwxyz")
+
+
+def model_of(backend, scale=4.0):
+    """A random model whose choices are far from even."""
+    model = build_model(ModelConfig(len(VOCABULARY), 24, 2), backend, "orthogonal", seed=1)
+    with torch.no_grad():
+        model.head.weight *= scale
+    return model
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
+    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.31, 0.61, 0.9999999])
+    assert draw(logits, uniforms, SampleOptions()).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_draw_follows_the_probabilities():
+    torch.manual_seed(0)
+    logits = torch.randn(8)
+    drawn = draw(logits.expand(100_000, 8), torch.rand(100_000), SampleOptions(0.7))
+    share = drawn.bincount(minlength=8) / 100_000
+    torch.testing.assert_close(share, (logits / 0.7).softmax(0), atol=0.006, rtol=0)
+
+
+def test_draw_never_takes_what_has_no_weight():
+    """The greatest uniform number falls on the last character with weight, not behind it."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert draw(logits, torch.tensor([1.0]), SampleOptions()).item() == 1
+
+
+def test_greedy():
+    assert draw(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([0.9]), SampleOptions(0)).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        (SampleOptions(top_k=1), {3}),
+        (SampleOptions(top_k=2), {2, 3}),
+        (SampleOptions(top_k=9), {0, 1, 2, 3}),
+        (SampleOptions(top_p=0.39), {3}),
+        (SampleOptions(top_p=0.41), {2, 3}),
+        (SampleOptions(top_p=0.71), {1, 2, 3}),
+        (SampleOptions(top_k=3, top_p=0.5), {2, 3}),
+        (SampleOptions(), {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p(options, allowed):
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(1000, 4)
+    assert set(draw(logits, torch.linspace(0, 1, 1000), options).tolist()) == allowed
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}],
+)
+def test_options_that_make_no_sense(wrong):
+    with pytest.raises(UsageError, match="must be"):
+        SampleOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"top_k": 7, "top_p": 0.9, "temperature": 1.3},
+    ],
+)
+def test_backends_draw_the_same_characters(how):
+    """Thousands of characters: scores that differ by rounding do not change a draw."""
+    fast, reference = (
+        sample(model_of(b), VOCABULARY, "hello", 1000, seed=7, streams=3, **how)
+        for b in ("fast", "torch")
+    )
+    assert fast == reference
+    assert len(fast) == 3
+    assert all(len(text) == 1000 for text in fast)
+
+
+def test_seed_decides(backend):
+    model = model_of(backend)
+    texts = [sample(model, VOCABULARY, "a", 50, seed=s)[0] for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert sample(model, VOCABULARY, "a", 50) != sample(model, VOCABULARY, "a", 50)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_text_does_not_depend_on_the_chunk(backend, chunk):
+    model = model_of(backend)
+    whole = torch.cat(list(stream(model, VOCABULARY, "ab", 64, seed=3, streams=2)))
+    pieces = torch.cat(list(stream(model, VOCABULARY, "ab", 64, seed=3, streams=2, chunk=chunk)))
+    assert torch.equal(whole, pieces)
+
+
+def test_state_is_carried(backend):
+    """Reading the whole text again for every character gives the same ones."""
+    model = model_of(backend)
+    carried = sample(model, VOCABULARY, "hello", 40, temperature=0)[0]
+    text = "hello"
+    for _ in range(40):
+        logits, _ = model(torch.from_numpy(VOCABULARY.encode(text).astype("int64"))[:, None])
+        text += VOCABULARY.decode(logits[-1, 0].argmax())
+    assert text == "hello" + carried
+
+
+def test_streams_differ_and_the_first_one_is_like_alone(backend):
+    texts = sample(model_of(backend), VOCABULARY, "a", 50, seed=1, streams=4)
+    assert len(set(texts)) == 4
+
+
+def test_without_length_it_goes_on():
+    pieces = stream(model_of("torch"), VOCABULARY, "a", seed=1, chunk=10)
+    assert sum(len(p) for p in itertools.islice(pieces, 5)) == 50
+
+
+def test_unknown_characters_of_a_prompt():
+    model = model_of("torch")
+    with pytest.raises(UsageError, match=r"'É' \(U\+00C9\)"):
+        sample(model, VOCABULARY, "É", 5)
+    assert sample(model, VOCABULARY, "aÉ", 5, seed=1, on_unknown="skip") == sample(
+        model, VOCABULARY, "a", 5, seed=1
+    )
+    assert sample(model, VOCABULARY, "aÉ", 5, seed=1, on_unknown="replace") == sample(
+        model, VOCABULARY, "a ", 5, seed=1
+    )
+
+
+def test_stop_string():
+    whole = sample(model_of("torch"), VOCABULARY, "a", 300, seed=1)[0]
+    stop = whole[37:40]
+    short = sample(model_of("torch"), VOCABULARY, "a", 300, seed=1, stop=stop)[0]
+    assert short == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 300])
+def test_stop_string_while_streaming(chunk, capsys):
+    """What is printed ends before the stop string, wherever the pieces end."""
+    model = model_of("torch")
+    whole = sample(model, VOCABULARY, "a", 300, seed=1)[0]
+    stop = whole[37:40]
+    pieces = stream(model, VOCABULARY, "a", 300, seed=1, chunk=chunk)
+    text = write_stream(pieces, VOCABULARY, stop)
+    assert text == whole[: whole.index(stop)] == capsys.readouterr().out
+
+
+def test_stop_string_that_never_comes(capsys):
+    pieces = stream(model_of("torch"), VOCABULARY, "a", 30, seed=1, chunk=7)
+    text = write_stream(pieces, VOCABULARY, "ZZZ")
+    assert len(text) == 30
+    assert capsys.readouterr().out == text
+
+
+def test_bytes():
+    """In byte mode any prompt is known, and the text is always valid."""
+    model = build_model(ModelConfig(256, 8, 1), "torch", seed=1)
+    text = sample(model, ByteVocabulary(), "é\U0001f600", 64, seed=1)[0]
+    assert text.encode()
+
+
+def test_model_keeps_its_mode():
+    model = model_of("torch").train()
+    sample(model, VOCABULARY, "a", 3)
+    assert model.training

@@ -1,0 +1,22 @@
+"""Fixtures that all tests share."""
+
+import pytest
+import torch
+
+import charrnn_fast
+
+
+@pytest.fixture(params=charrnn_fast.available_isas())
+def isa(request):
+    """Every instruction set that this machine runs, one after the other."""
+    with charrnn_fast.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """The same random numbers whatever ran before, and no leaking default settings."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,498 @@
+// Runs the kernels, without torch, on random sizes, strides, orders and teams, and holds them to:
+//   - no access outside a buffer: every buffer ends at an inaccessible page, or begins after one;
+//   - the formula, written naively in double below;
+//   - the same bits for every team and split, and for a sequence alone as among others;
+//   - nothing written that is not theirs: gaps between rows, rows outside every sequence.
+// Usage: driver [cases] [seed] [isa ...]
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "rnn.h"
+
+using namespace charrnn_fast;
+
+namespace {
+
+std::mt19937_64 generator;
+std::string current;  // what is being run, for messages
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n  in %s\n", what.c_str(), current.c_str());
+  std::exit(1);
+}
+
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
+bool coin() { return below(2) == 1; }
+
+// Memory with an inaccessible page at one end. Buffers that end at it start at any multiple of the
+// element size, as views into tensors may.
+class Guarded {
+ public:
+  Guarded(size_t bytes, bool at_end, size_t alignment = 1) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t body = (bytes + page - 1) / page * page + page;
+    size_ = body + 2 * page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) fail("mmap");
+    mprotect(base_, page, PROT_NONE);
+    mprotect(base_ + page + body, page, PROT_NONE);
+    const size_t padded = (bytes + alignment - 1) / alignment * alignment;
+    data = at_end ? base_ + page + body - padded : base_ + page;
+  }
+  ~Guarded() { munmap(base_, size_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  char* data;
+
+ private:
+  char* base_;
+  size_t size_;
+};
+
+// `rows` rows of `width` elements, ld apart; the last row ends where the buffer ends.
+template <typename T>
+struct Array {
+  Array(int64_t rows, int64_t width, int64_t ld, bool at_end)
+      : rows(rows),
+        width(width),
+        ld(ld),
+        size(rows > 0 ? (rows - 1) * ld + width : 0),
+        memory(static_cast<size_t>(size) * sizeof(T), at_end),
+        data(reinterpret_cast<T*>(memory.data)) {}
+  T& at(int64_t row, int64_t column) { return data[row * ld + column]; }
+  void fill(T value) { std::fill(data, data + size, value); }
+
+  int64_t rows, width, ld, size;
+  Guarded memory;
+  T* data;
+};
+
+template <typename T>
+std::unique_ptr<Array<T>> array(int64_t rows, int64_t width, int64_t gap = 0) {
+  return std::make_unique<Array<T>>(rows, width, width + gap, below(4) != 0);
+}
+
+template <typename T>
+std::unique_ptr<Array<T>> randoms(int64_t rows, int64_t width, double scale, int64_t gap = 0) {
+  auto a = array<T>(rows, width, gap);
+  a->fill(std::numeric_limits<T>::quiet_NaN());  // in the gaps
+  std::normal_distribution<double> normal(0.0, scale);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) a->at(i, j) = static_cast<T>(normal(generator));
+  return a;
+}
+
+template <typename T>
+T* pointer(const std::unique_ptr<Array<T>>& a) {
+  return a ? a->data : nullptr;
+}
+
+void wait_at(void* state) { pthread_barrier_wait(static_cast<pthread_barrier_t*>(state)); }
+
+template <typename Call>
+void run_team(int size, const Call& call) {
+  if (size == 1) return call(Team{0, 1, nullptr, nullptr});
+  pthread_barrier_t barrier;
+  pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(size));
+  std::vector<std::thread> members;
+  for (int rank = 0; rank < size; ++rank)
+    members.emplace_back([&, rank] { call(Team{rank, size, wait_at, &barrier}); });
+  for (auto& member : members) member.join();
+  pthread_barrier_destroy(&barrier);
+}
+
+double apply(Activation activation, double a) {
+  switch (activation) {
+    case Activation::kTanh:
+      return std::tanh(a);
+    case Activation::kRelu:
+      return a > 0 ? a : 0;
+    default:
+      return 1 / (1 + std::exp(-a));
+  }
+}
+
+double slope(Activation activation, double y) {
+  switch (activation) {
+    case Activation::kTanh:
+      return 1 - y * y;
+    case Activation::kRelu:
+      return y > 0 ? 1 : 0;
+    default:
+      return y * (1 - y);
+  }
+}
+
+// One random problem, and what the kernels made of it.
+template <typename scalar>
+struct Problem {
+  int64_t T, B, N, I, H;
+  Activation activation;
+  bool reverse, ragged;
+  std::vector<int64_t> lengths, order;  // of each slot: steps, row within a step
+  std::vector<int64_t> step_row;
+  std::unique_ptr<Array<int64_t>> lengths_array, order_array, step_row_array, ids;
+  std::unique_ptr<Array<scalar>> x, W_ih, W_hh, b_ih, b_hh, h0, dy, dh_n;
+  int64_t y_gap;
+
+  int64_t row(int64_t t, int64_t slot) const {
+    return (step_row.empty() ? t * B : step_row[t]) + order[slot];
+  }
+  Sequences sequences() const {
+    return {T, B, N, pointer(step_row_array), pointer(lengths_array), pointer(order_array)};
+  }
+};
+
+int64_t random_size(int64_t small, int64_t large) { return 1 + below(below(8) ? small : large); }
+
+std::unique_ptr<Array<int64_t>> copied(const std::vector<int64_t>& values) {
+  auto a = array<int64_t>(1, static_cast<int64_t>(values.size()));
+  std::copy(values.begin(), values.end(), a->data);
+  return a;
+}
+
+template <typename scalar>
+Problem<scalar> random_problem() {
+  Problem<scalar> p;
+  p.T = random_size(9, 40);
+  p.B = random_size(9, 70);
+  p.I = random_size(40, 150);
+  p.H = random_size(40, 300);
+  p.activation = static_cast<Activation>(below(3));
+  p.reverse = coin();
+  p.lengths.assign(p.B, p.T);
+  p.order.resize(p.B);
+  std::iota(p.order.begin(), p.order.end(), 0);
+  p.N = p.T * p.B;
+  const int64_t layout = below(3);  // padded; packed; padded with lengths
+  p.ragged = layout != 0;
+  if (p.ragged) {
+    for (auto& length : p.lengths) length = 1 + below(p.T);
+    std::sort(p.lengths.rbegin(), p.lengths.rend());
+    p.lengths[0] = p.T;
+    p.lengths_array = copied(p.lengths);
+  }
+  if (layout == 1) {
+    int64_t row = 0;
+    for (int64_t t = 0; t < p.T; ++t) {
+      p.step_row.push_back(row);
+      for (int64_t i = 0; i < p.B; ++i) row += p.lengths[i] > t;
+    }
+    p.N = row;
+    p.step_row_array = copied(p.step_row);
+  }
+  if (layout == 2) {
+    std::shuffle(p.order.begin(), p.order.end(), generator);
+    p.order_array = copied(p.order);
+  }
+  const double scale = 0.7 / std::sqrt(static_cast<double>(p.H));
+  if (below(3) == 0) {
+    p.ids = array<int64_t>(1, p.N);
+    for (int64_t i = 0; i < p.N; ++i) p.ids->data[i] = below(p.I);
+  } else {
+    p.x = randoms<scalar>(p.N, p.I, 1.0, coin() ? below(5) : 0);
+  }
+  p.W_ih = randoms<scalar>(p.H, p.I, 1 / std::sqrt(static_cast<double>(p.I)));
+  p.W_hh = randoms<scalar>(p.H, p.H, scale);
+  if (coin()) p.b_ih = randoms<scalar>(1, p.H, 0.3);
+  if (p.b_ih) p.b_hh = randoms<scalar>(1, p.H, 0.3);
+  if (coin()) p.h0 = randoms<scalar>(p.B, p.H, 0.5);
+  p.y_gap = coin() ? p.H : below(4);
+  if (below(5)) p.dy = randoms<scalar>(p.N, p.H, 1.0, coin() ? p.H : 0);
+  if (coin() || !p.dy) p.dh_n = randoms<scalar>(p.B, p.H, 1.0);
+  return p;
+}
+
+template <typename scalar>
+struct Forward {
+  std::unique_ptr<Array<scalar>> y, h_n;
+};
+
+template <typename scalar>
+struct Backward {
+  std::unique_ptr<Array<scalar>> dx, dh0, dW_ih, dW_hh, db;
+};
+
+template <typename scalar>
+Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p, Split split,
+                        int team) {
+  Forward<scalar> out{array<scalar>(p.N, p.H, p.y_gap), array<scalar>(p.B, p.H)};
+  out.y->fill(std::numeric_limits<scalar>::quiet_NaN());
+  out.h_n->fill(std::numeric_limits<scalar>::quiet_NaN());
+  ForwardArgs<scalar> args{};
+  args.seq = p.sequences();
+  args.I = p.I;
+  args.H = p.H;
+  args.activation = p.activation;
+  args.reverse = p.reverse;
+  args.split = split;
+  args.x = pointer(p.x);
+  args.ldx = p.x ? p.x->ld : 0;
+  args.ids = pointer(p.ids);
+  args.W_ih = p.W_ih->data;
+  args.W_hh = p.W_hh->data;
+  args.b_ih = pointer(p.b_ih);
+  args.b_hh = pointer(p.b_hh);
+  args.h0 = pointer(p.h0);
+  args.y = out.y->data;
+  args.ldy = out.y->ld;
+  args.h_n = out.h_n->data;
+  Guarded workspace(kernels.forward_workspace(args, team), coin(), 64);
+  args.workspace = workspace.data;
+  run_team(team, [&](const Team& member) { kernels.forward(args, member); });
+  return out;
+}
+
+// Bits of `wanted`: dx, dh0, dW_ih, dW_hh, db.
+template <typename scalar>
+Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>& p,
+                          const Array<scalar>& y, Split split, int team, int wanted) {
+  Backward<scalar> out;
+  const scalar nan = std::numeric_limits<scalar>::quiet_NaN();
+  const auto output = [&](int bit, int64_t rows, int64_t width) {
+    std::unique_ptr<Array<scalar>> a;
+    if (wanted >> bit & 1) {
+      a = array<scalar>(rows, width);
+      a->fill(nan);
+    }
+    return a;
+  };
+  if (p.x) out.dx = output(0, p.N, p.I);
+  out.dh0 = output(1, p.B, p.H);
+  out.dW_ih = output(2, p.H, p.I);
+  out.dW_hh = output(3, p.H, p.H);
+  out.db = output(4, 1, p.H);
+  auto delta = array<scalar>(p.N, p.H);
+  delta->fill(nan);
+  if (p.ragged) delta->fill(0);  // rows outside every sequence must be
+  BackwardArgs<scalar> args{};
+  args.seq = p.sequences();
+  args.I = p.I;
+  args.H = p.H;
+  args.activation = p.activation;
+  args.reverse = p.reverse;
+  args.split = split;
+  args.x = pointer(p.x);
+  args.ldx = p.x ? p.x->ld : 0;
+  args.ids = pointer(p.ids);
+  args.W_ih = p.W_ih->data;
+  args.W_hh = p.W_hh->data;
+  args.h0 = pointer(p.h0);
+  args.y = y.data;
+  args.ldy = y.ld;
+  args.dy = pointer(p.dy);
+  args.lddy = p.dy ? p.dy->ld : 0;
+  args.dh_n = pointer(p.dh_n);
+  args.delta = delta->data;
+  args.dx = pointer(out.dx);
+  args.dh0 = pointer(out.dh0);
+  args.dW_ih = pointer(out.dW_ih);
+  args.dW_hh = pointer(out.dW_hh);
+  args.db = pointer(out.db);
+  Guarded workspace(kernels.backward_workspace(args, team), coin(), 64);
+  args.workspace = workspace.data;
+  run_team(team, [&](const Team& member) { kernels.backward(args, member); });
+  return out;
+}
+
+template <typename scalar>
+void expect_close(const char* name, Array<scalar>& got, const std::vector<double>& want) {
+  double largest = 1;
+  for (double value : want) largest = std::max(largest, std::isnan(value) ? 0 : std::abs(value));
+  const double tolerance = (sizeof(scalar) == 4 ? 1e-4 : 1e-11) * largest;
+  for (int64_t i = 0; i < got.rows; ++i) {
+    for (int64_t j = 0; j < got.ld && i * got.ld + j < got.size; ++j) {
+      const double value = got.at(i, j);
+      const double expected = j < got.width ? want[i * got.width + j] : NAN;  // NAN: not theirs
+      if (std::isnan(expected) ? !std::isnan(value) : !(std::abs(value - expected) <= tolerance)) {
+        char text[200];
+        std::snprintf(text, sizeof text, "%s[%ld,%ld] is %.9g, expected %.9g", name,
+                      static_cast<long>(i), static_cast<long>(j), value, expected);
+        fail(text);
+      }
+    }
+  }
+}
+
+template <typename scalar>
+void expect_same_bits(const char* name, const std::unique_ptr<Array<scalar>>& a,
+                      const std::unique_ptr<Array<scalar>>& b) {
+  if (a && std::memcmp(a->data, b->data, static_cast<size_t>(a->size) * sizeof(scalar)) != 0)
+    fail(std::string(name) + " differs in bits from the result of one thread");
+}
+
+// Order of the steps of a sequence.
+int64_t step(bool reverse, int64_t length, int64_t k) { return reverse ? length - 1 - k : k; }
+
+template <typename scalar>
+void check_forward(Problem<scalar>& p, Forward<scalar>& out) {
+  std::vector<double> y(p.N * p.H, NAN), h_n(p.B * p.H), previous(p.H), sum(p.H);
+  for (int64_t slot = 0; slot < p.B; ++slot) {
+    for (int64_t j = 0; j < p.H; ++j) previous[j] = p.h0 ? p.h0->at(p.order[slot], j) : 0;
+    for (int64_t k = 0; k < p.lengths[slot]; ++k) {
+      const int64_t row = p.row(step(p.reverse, p.lengths[slot], k), slot);
+      for (int64_t j = 0; j < p.H; ++j) {
+        double a = p.b_ih ? static_cast<double>(p.b_ih->data[j]) + p.b_hh->data[j] : 0;
+        if (p.ids) a += p.W_ih->at(j, p.ids->data[row]);
+        for (int64_t i = 0; p.x && i < p.I; ++i)
+          a += static_cast<double>(p.x->at(row, i)) * p.W_ih->at(j, i);
+        for (int64_t i = 0; i < p.H; ++i) a += previous[i] * p.W_hh->at(j, i);
+        sum[j] = apply(p.activation, a);
+      }
+      previous = sum;
+      std::copy(sum.begin(), sum.end(), y.begin() + row * p.H);
+    }
+    std::copy(previous.begin(), previous.end(), h_n.begin() + p.order[slot] * p.H);
+  }
+  expect_close("y", *out.y, y);
+  expect_close("h_n", *out.h_n, h_n);
+}
+
+template <typename scalar>
+void check_backward(Problem<scalar>& p, Array<scalar>& y, Backward<scalar>& out) {
+  std::vector<double> dx(p.N * p.I, NAN), dh0(p.B * p.H), dW_ih(p.H * p.I), dW_hh(p.H * p.H),
+      db(p.H), dh(p.H), delta(p.H);
+  for (int64_t slot = 0; slot < p.B; ++slot) {
+    const int64_t place = p.order[slot], length = p.lengths[slot];
+    for (int64_t j = 0; j < p.H; ++j) dh[j] = p.dh_n ? p.dh_n->at(place, j) : 0;
+    for (int64_t k = length - 1; k >= 0; --k) {
+      const int64_t row = p.row(step(p.reverse, length, k), slot);
+      const int64_t before = k > 0 ? p.row(step(p.reverse, length, k - 1), slot) : -1;
+      for (int64_t j = 0; j < p.H; ++j)
+        delta[j] = (dh[j] + (p.dy ? p.dy->at(row, j) : 0)) * slope(p.activation, y.at(row, j));
+      std::fill(dh.begin(), dh.end(), 0.0);
+      for (int64_t i = 0; i < p.I; ++i) dx[row * p.I + i] = 0;
+      for (int64_t j = 0; j < p.H; ++j) {
+        db[j] += delta[j];
+        if (p.ids) dW_ih[j * p.I + p.ids->data[row]] += delta[j];
+        for (int64_t i = 0; i < p.I; ++i) {
+          dx[row * p.I + i] += delta[j] * p.W_ih->at(j, i);
+          if (p.x) dW_ih[j * p.I + i] += delta[j] * p.x->at(row, i);
+        }
+        for (int64_t i = 0; i < p.H; ++i) {
+          dh[i] += delta[j] * p.W_hh->at(j, i);
+          const double h = before >= 0 ? y.at(before, i) : p.h0 ? p.h0->at(place, i) : 0;
+          dW_hh[j * p.H + i] += delta[j] * h;
+        }
+      }
+    }
+    std::copy(dh.begin(), dh.end(), dh0.begin() + place * p.H);
+  }
+  if (out.dx) expect_close("dx", *out.dx, dx);
+  if (out.dh0) expect_close("dh0", *out.dh0, dh0);
+  if (out.dW_ih) expect_close("dW_ih", *out.dW_ih, dW_ih);
+  if (out.dW_hh) expect_close("dW_hh", *out.dW_hh, dW_hh);
+  if (out.db) expect_close("db", *out.db, db);
+}
+
+// y of one sequence run alone has the bits that it has among the others.
+template <typename scalar>
+void check_alone(const Kernels<scalar>& kernels, Problem<scalar>& p, Forward<scalar>& all) {
+  const int64_t slot = below(p.B);
+  Problem<scalar> one{};
+  one.T = one.N = p.lengths[slot];
+  one.B = 1;
+  one.I = p.I;
+  one.H = p.H;
+  one.activation = p.activation;
+  one.reverse = p.reverse;
+  one.lengths.assign(1, one.T);
+  one.order.assign(1, 0);
+  if (p.ids) one.ids = array<int64_t>(1, one.T);
+  if (p.x) one.x = array<scalar>(one.T, one.I);
+  if (p.h0) one.h0 = array<scalar>(1, one.H);
+  for (int64_t t = 0; t < one.T; ++t) {
+    const int64_t row = p.row(t, slot);
+    if (p.ids) one.ids->data[t] = p.ids->data[row];
+    if (p.x) std::copy_n(&p.x->at(row, 0), p.I, &one.x->at(t, 0));
+  }
+  if (p.h0) std::copy_n(&p.h0->at(p.order[slot], 0), p.H, one.h0->data);
+  std::swap(one.W_ih, p.W_ih);
+  std::swap(one.W_hh, p.W_hh);
+  std::swap(one.b_ih, p.b_ih);
+  std::swap(one.b_hh, p.b_hh);
+  Forward<scalar> alone = forward(kernels, one, Split::kBatch, 1);
+  std::swap(one.W_ih, p.W_ih);
+  std::swap(one.W_hh, p.W_hh);
+  std::swap(one.b_ih, p.b_ih);
+  std::swap(one.b_hh, p.b_hh);
+  for (int64_t t = 0; t < one.T; ++t)
+    if (std::memcmp(&alone.y->at(t, 0), &all.y->at(p.row(t, slot), 0),
+                    static_cast<size_t>(p.H) * sizeof(scalar)) != 0)
+      fail("y of a sequence depends on the others in the batch");
+}
+
+template <typename scalar>
+void run_case(const Kernels<scalar>& kernels) {
+  Problem<scalar> p = random_problem<scalar>();
+  const int wanted = below(2) ? 31 : static_cast<int>(below(32));
+  char text[300];
+  std::snprintf(text, sizeof text,
+                "%s, %s: T=%ld B=%ld N=%ld I=%ld H=%ld activation=%d reverse=%d ragged=%d ids=%d "
+                "bias=%d h0=%d dy=%d dh_n=%d wanted=%d",
+                current.c_str(), sizeof(scalar) == 4 ? "float" : "double", static_cast<long>(p.T),
+                static_cast<long>(p.B), static_cast<long>(p.N), static_cast<long>(p.I),
+                static_cast<long>(p.H), static_cast<int>(p.activation), p.reverse, p.ragged,
+                p.ids != nullptr, p.b_ih != nullptr, p.h0 != nullptr, p.dy != nullptr,
+                p.dh_n != nullptr, wanted);
+  current = text;
+  Forward<scalar> y = forward(kernels, p, Split::kBatch, 1);
+  check_forward(p, y);
+  Backward<scalar> gradients = backward(kernels, p, *y.y, Split::kBatch, 1, wanted);
+  check_backward(p, *y.y, gradients);
+  for (Split split : {Split::kBatch, Split::kHidden}) {
+    const int team = 1 + static_cast<int>(below(5));
+    Forward<scalar> other = forward(kernels, p, split, team);
+    expect_same_bits("y", y.y, other.y);
+    expect_same_bits("h_n", y.h_n, other.h_n);
+    Backward<scalar> again = backward(kernels, p, *y.y, split, team, wanted);
+    expect_same_bits("dx", gradients.dx, again.dx);
+    expect_same_bits("dh0", gradients.dh0, again.dh0);
+    expect_same_bits("dW_ih", gradients.dW_ih, again.dW_ih);
+    expect_same_bits("dW_hh", gradients.dW_hh, again.dW_hh);
+    expect_same_bits("db", gradients.db, again.db);
+  }
+  check_alone(kernels, p, y);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 200;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  for (const Isa* const* isa = isas(); *isa; ++isa) {
+    bool chosen = argc <= 3;
+    for (int i = 3; i < argc; ++i) chosen |= std::strcmp(argv[i], (*isa)->name) == 0;
+    if (!chosen) continue;
+    if (!(*isa)->supported()) {
+      std::printf("%s: not supported by this CPU\n", (*isa)->name);
+      continue;
+    }
+    for (int64_t i = 0; i < cases; ++i) {
+      generator.seed(seed * 1000003 + static_cast<uint64_t>(i));
+      current = std::string((*isa)->name) + ", seed " + std::to_string(seed) + ", case " +
+                std::to_string(i);
+      if (i % 2)
+        run_case((*isa)->f64);
+      else
+        run_case((*isa)->f32);
+    }
+    std::printf("%s: %ld cases\n", (*isa)->name, static_cast<long>(cases));
+  }
+}

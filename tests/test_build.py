@@ -1,0 +1,139 @@
+"""What was built: the right instructions in the right files, the right torch, a sound package."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from test_native import ROOT, objects
+
+import charrnn_fast
+from charrnn_fast import _extension
+
+needs_objects = pytest.mark.skipif(
+    not objects() or shutil.which("objdump") is None,
+    reason="needs binutils and the source tree that was built",
+)
+needs_metadata = pytest.mark.skipif(
+    not list(metadata.Distribution.discover(name="charrnn_fast")), reason="needs an installation"
+)
+# Instructions with a VEX or EVEX prefix, which begin with v; verr and verw are old.
+VECTOR_EXTENSION = re.compile(r"^\s*[0-9a-f]+:\s+v(?!err|erw)[a-z0-9]+\s", re.MULTILINE)
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def built_objects() -> list[Path]:
+    """Every object of the extension, the bindings' too."""
+    isa_objects = [Path(path) for path in objects()]
+    build = next(path for path in isa_objects if path.name == "dispatch.o").parents[1]
+    return [*isa_objects, *(path for path in build.glob("csrc/*.o") if path not in isa_objects)]
+
+
+@needs_objects
+def test_only_isa_files_hold_instructions_beyond_the_baseline() -> None:
+    """The extension runs on every x86-64 CPU: AVX code lies behind the ISA table alone."""
+    for path in built_objects():
+        code = run("objdump", "-d", "--no-show-raw-insn", str(path))
+        found = VECTOR_EXTENSION.search(code)
+        if path.stem.startswith("isa_avx"):
+            assert found, f"{path.name} has no AVX instruction: is the check still right?"
+        else:
+            assert not found, f"{path.name} holds {found.group().strip()}"
+
+
+@needs_objects
+def test_isa_files_share_no_code_with_others() -> None:
+    """A weak symbol of an ISA file could be the copy that the linker keeps for every CPU."""
+    for path in built_objects():
+        if path.stem.startswith("isa_"):
+            weak = [line for line in run("nm", "-C", str(path)).splitlines() if " W " in line]
+            assert not weak, f"{path.name}: {weak}"
+
+
+@needs_objects
+def test_kernels_neither_allocate_nor_start_threads() -> None:
+    """What the ISA files call from outside is known, and short."""
+    allowed = {"memcpy", "memmove", "memset", "_GLOBAL_OFFSET_TABLE_", "__cpu_model"}
+    allowed |= {"__cpu_indicator_init", "__stack_chk_fail"}
+    for path in built_objects():
+        if path.stem.startswith("isa_"):
+            names = {line.split()[-1] for line in run("nm", "-u", str(path)).splitlines()}
+            assert names <= allowed, f"{path.name} calls {sorted(names - allowed)}"
+
+
+@needs_objects
+def test_extension_is_hardened() -> None:
+    """No executable stack, no writable relocations once loaded."""
+    from charrnn_fast import _C
+
+    headers = run("objdump", "-p", _C.__file__)
+    assert re.search(r"STACK.*\n.*flags rw-", headers)
+    assert "RELRO" in headers
+    assert "BIND_NOW" in headers or re.search(r"FLAGS_1\s+0x0*1\b", headers)
+
+
+@pytest.mark.parametrize("running", ["2.9.1", "2.14.0+cu130", "3.0.0"])
+def test_another_torch_is_one_sentence(running: str) -> None:
+    """An extension for another torch is refused before it is loaded."""
+    with pytest.raises(
+        ImportError, match=rf"with torch 2\.13\.0.* torch {re.escape(running)}: rebuild"
+    ):
+        _extension.check("2.13.0+cpu", running)
+
+
+@pytest.mark.parametrize("running", ["2.13.0", "2.13.1+cu130"])
+def test_a_patch_release_of_torch_is_accepted(running: str) -> None:
+    """The C++ interface holds within a minor version."""
+    _extension.check("2.13.0+cpu", running)
+
+
+def test_the_extension_says_what_it_was_built_with() -> None:
+    """The file beside the extension is of this build."""
+    assert _extension.built_with() == torch.__version__
+
+
+def test_a_missing_extension_is_one_sentence(tmp_path: Path) -> None:
+    """A source folder that was not built says what to do."""
+    shutil.copytree(
+        Path(charrnn_fast.__file__).parent,
+        tmp_path / "charrnn_fast",
+        ignore=shutil.ignore_patterns("*.so", "_C.torch"),
+    )
+    command = [sys.executable, "-c", "import charrnn_fast._extension"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has not been built: in its source folder, run `make build`" in done.stderr
+
+
+@needs_metadata
+def test_few_dependencies_with_permissive_licences() -> None:
+    """At run time: torch, numpy, tqdm and safetensors, and no copyleft among them."""
+    needed = [
+        re.split(r"[\s<>=!;\[(]", line, maxsplit=1)[0]
+        for line in metadata.requires("charrnn_fast") or []
+        if "extra ==" not in line and "python_version" not in line
+    ]
+    assert sorted(needed) == ["numpy", "safetensors", "torch", "tqdm"]
+    for name in needed:
+        about = metadata.metadata(name)
+        licence = " ".join(
+            [about.get("License-Expression") or "", about.get("License") or ""]
+            + [line for line in about.get_all("Classifier") or [] if line.startswith("License")]
+        )
+        assert re.search(r"BSD|Apache|MIT|MPL", licence), f"{name}: {licence!r}"
+
+
+@needs_metadata
+def test_versions_agree() -> None:
+    """The package, its metadata and the changelog name one version."""
+    assert metadata.version("charrnn_fast") == charrnn_fast.__version__
+    changelog = ROOT / "CHANGELOG.md"
+    if changelog.exists():
+        assert f"## {charrnn_fast.__version__}" in changelog.read_text(encoding="utf-8")
