@@ -1,0 +1,94 @@
+"""Small C++ libraries of the benchmarks, built on demand and loaded with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+SOURCES = Path(__file__).parent / "native"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "charrnn_fast-bench"
+
+
+def build(source: str, *flags: str) -> ctypes.CDLL:
+    """Compiles native/<source> unless the same was built before, and loads it."""
+    path = SOURCES / source
+    command = ["g++", "-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", *flags]
+    key = hashlib.sha256(path.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    library = CACHE / f"{path.stem}-{key}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        # Flags that name libraries must follow the source that needs them.
+        subprocess.run([*command[:7], str(path), "-o", str(unfinished), *flags], check=True)
+        unfinished.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def machine() -> ctypes.CDLL:
+    library = build("machine.cpp", "-march=native")
+    for name in ("fma_loop", "bf16_loop", "cycle_loop"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_double
+    library.read_loop.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.read_loop.restype = ctypes.c_double
+    return library
+
+
+def best_rate(work, repeats: int = 20) -> float:
+    """Units of work a second: the best of `repeats` calls of work(), which returns its units."""
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        units = work()
+        best = max(best, units / (time.perf_counter() - start))
+    return best
+
+
+def core_limits() -> dict[str, float]:
+    """FMA peaks in GFLOP/s, L2 read bandwidth in GB/s and clock in GHz of the core we run on."""
+    library = machine()
+    # Larger than L1, within half of L2.
+    data = np.zeros(256 * 1024 // 4 + 16, np.float32)
+    address = (data.ctypes.data + 63) // 64 * 64
+    return {
+        "fp32_gflops": best_rate(lambda: library.fma_loop(200_000)) / 1e9,
+        "bf16_gflops": best_rate(lambda: library.bf16_loop(200_000)) / 1e9,
+        "l2_read_gbytes": best_rate(lambda: library.read_loop(address, 256 * 1024, 200)) / 1e9,
+        "clock_ghz": best_rate(lambda: library.cycle_loop(3_000_000)) / 1e9,
+    }
+
+
+@functools.cache
+def onednn() -> ctypes.CDLL:
+    """The oneDNN peer; raises ImportError with the reason where it cannot be had."""
+    prefix = Path(os.environ.get("ONEDNN_PREFIX", sys.prefix))
+    if not (prefix / "include/oneapi/dnnl/dnnl.hpp").exists():
+        raise ImportError(f"no oneDNN headers under {prefix}; pip install onednn-devel-cpu-gomp")
+    lib = prefix / "lib"
+    try:
+        flags = [f"-I{prefix}/include", f"-L{lib}", f"-Wl,-rpath,{lib}", "-ldnnl"]
+        library = build("onednn_rnn.cpp", "-fopenmp", *flags)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ImportError(f"oneDNN peer not built: {error}") from error
+    pointer = ctypes.c_void_p
+    sizes = [ctypes.c_int64] * 4
+    library.rnn_create.argtypes = [ctypes.c_int, *sizes, ctypes.c_int, *[pointer] * 5]
+    library.rnn_create.restype = pointer
+    library.rnn_run.argtypes = library.rnn_destroy.argtypes = [pointer]
+    library.rnn_read.argtypes = [pointer] * 6
+    library.rnn_error.restype = library.rnn_version.restype = ctypes.c_char_p
+    return library
+
+
+if __name__ == "__main__":
+    for name, value in core_limits().items():
+        print(f"{name:16} {value:8.2f}")

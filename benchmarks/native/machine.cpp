@@ -1,0 +1,124 @@
+// What this core can do at best: register-only FMA loops, reads from L2, and its clock.
+// Built for the machine it runs on (-march=native); nothing here is shipped.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+typedef float Vector __attribute__((vector_size(kBytes), aligned(kBytes)));
+constexpr int kLanes = kBytes / sizeof(float);
+// Enough independent chains to cover the latency of two FMA pipes, few enough to stay in registers.
+constexpr int kChains = 12;
+
+// Makes a value unknown to the compiler, so that a loop over it is not computed beforehand.
+template <typename T>
+void hide(T* value) {
+  asm volatile("" : "+m"(*value));
+}
+
+// Starts each chain from a value of its own as far as the compiler knows: equal chains are computed once.
+template <typename T, int n>
+void start(T (&chains)[n]) {
+#pragma GCC unroll 16
+  for (int c = 0; c < n; ++c) {
+    T zero = {};
+    hide(&zero);
+    chains[c] = zero;
+  }
+}
+
+// Makes the chains count as used. Only their total has an address, so that they stay in registers.
+template <typename T, int n>
+void keep(const T (&chains)[n]) {
+  T total = chains[0];
+#pragma GCC unroll 16
+  for (int c = 1; c < n; ++c) total += chains[c];
+  hide(&total);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Runs `rounds` rounds of independent fp32 FMAs; returns the operations done (an FMA counts two).
+double fma_loop(int64_t rounds) {
+  Vector a = {}, b = {}, sum[kChains];
+  hide(&a);
+  hide(&b);
+  start(sum);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sum[c] = a * b + sum[c];
+  }
+  keep(sum);
+  return 2.0 * kLanes * kChains * static_cast<double>(rounds);
+}
+
+// The same with bf16 pairs accumulated in fp32; 0 where the CPU has no such instruction.
+double bf16_loop(int64_t rounds) {
+#if defined(__AVX512BF16__)
+  __m512bh a, b;
+  std::memset(&a, 0, sizeof(a));
+  std::memset(&b, 0, sizeof(b));
+  __m512 sum[kChains];
+  hide(&a);
+  hide(&b);
+  start(sum);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], a, b);
+  }
+  keep(sum);
+  return 2.0 * 32 * kChains * static_cast<double>(rounds);
+#else
+  (void)rounds;
+  return 0.0;
+#endif
+}
+
+// Reads `bytes` of `data` (a multiple of 8 vectors) `rounds` times; returns the bytes read.
+double read_loop(const float* data, int64_t bytes, int64_t rounds) {
+  const Vector* p = reinterpret_cast<const Vector*>(data);
+  const int64_t n = bytes / kBytes / 8 * 8;
+  Vector sum[8];
+  start(sum);
+  for (int64_t r = 0; r < rounds; ++r) {
+    for (int64_t i = 0; i < n; i += 8) {
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) sum[c] += p[i + c];
+    }
+    asm volatile("" ::: "memory");
+  }
+  keep(sum);
+  return static_cast<double>(n) * kBytes * static_cast<double>(rounds);
+}
+
+// A chain of integer additions, one a cycle: returns the cycles it takes.
+double cycle_loop(int64_t cycles) {
+  int64_t x = 0;
+  for (int64_t i = 0; i < cycles; i += 32) {
+#define ADD(n) asm volatile("" : "+r"(x)); x += n;
+    // Two dependent instructions of one cycle each would be merged without the empty asm.
+    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
+    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
+    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
+    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
+#undef ADD
+  }
+  hide(&x);
+  return static_cast<double>((cycles + 31) / 32 * 32);
+}
+
+}  // extern "C"

@@ -1,0 +1,70 @@
+"""Reading a results file: the records of one comparison as a Cell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+OURS = ("op", "module", "FMA peak")
+
+
+@dataclass
+class Cell:
+    """One comparison: medians in seconds and what else was recorded, by side."""
+
+    topic: str
+    info: dict
+    seconds: dict[str, float]
+    details: dict[str, dict]
+
+    @property
+    def B(self) -> int:
+        return self.info["B"]
+
+    @property
+    def T(self) -> int:
+        return self.info["T"]
+
+    @property
+    def I(self) -> int:  # noqa: E743
+        return self.info["I"]
+
+    @property
+    def H(self) -> int:
+        return self.info["H"]
+
+    @property
+    def name(self) -> str:
+        return f"B={self.B} T={self.T} I={self.I} H={self.H}"
+
+    @property
+    def peers(self) -> dict[str, float]:
+        return {side: s for side, s in self.seconds.items() if side not in OURS}
+
+    def speedup(self, ours: str, theirs: str) -> float:
+        return self.seconds[theirs] / self.seconds[ours]
+
+    def best_peer(self) -> str:
+        return min(self.peers, key=self.peers.get)
+
+    def peak(self) -> float:
+        """FLOP/s of the register-only loop, timed in turns with the rest."""
+        return self.details["FMA peak"]["flops"] / self.seconds["FMA peak"]
+
+    def share_of_peak(self, side: str = "op") -> float:
+        return self.info["flops"] / self.seconds[side] / self.peak()
+
+
+def load(path: str | Path) -> tuple[dict, list[Cell]]:
+    """The file as it is, and its cells in order."""
+    data = json.loads(Path(path).read_text())
+    cells: dict[str, Cell] = {}
+    for record in data["benchmarks"]:
+        info, side = record["extra_info"], record["extra_info"]["side"]
+        cell = cells.setdefault(record["group"], Cell(info["topic"], {}, {}, {}))
+        cell.seconds[side] = record["stats"]["median"]
+        cell.details[side] = info
+        if side != "FMA peak":
+            cell.info.update(info)
+    return data, list(cells.values())
