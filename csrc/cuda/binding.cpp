@@ -1,0 +1,56 @@
+// Registers the layer for CUDA tensors. It needs of torch only what a build without CUDA has too.
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <array>
+#include <mutex>
+
+#include "layer_cuda.h"
+
+namespace charrnn_fast::cuda {
+
+Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device) {
+  constexpr int kMaxDevices = 64;
+  static std::array<DeviceLimits, kMaxDevices> limits;
+  static std::array<const char*, kMaxDevices> errors;
+  static std::array<std::once_flag, kMaxDevices> once;
+  const int i = device.index();
+  TORCH_CHECK(i >= 0 && i < kMaxDevices, "charrnn_fast: no such device: ", device);
+  std::call_once(once[i], [&] { errors[i] = charrnn_fast_cuda_limits(i, &limits[i]); });
+  TORCH_CHECK(errors[i] == nullptr, "charrnn_fast: ", device, " cannot be asked: ", errors[i]);
+  return plan_recurrence(layer.H, layer.B, layer.D, dtype, limits[i]);
+}
+
+void* current_stream(const at::Device& device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+namespace {
+
+Pair guarded_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
+                   const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
+                   bool has_biases) {
+  const c10::DeviceGuard guard(input.device());
+  return layer(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+}
+
+std::vector<at::Tensor> guarded_layer_backward(const Optional& dy, const Optional& dh_n,
+                                               const at::Tensor& input, const Optional& hx,
+                                               at::TensorList weights, const at::Tensor& y,
+                                               const Optional& batch_sizes, const Optional& lengths,
+                                               std::string_view mode, bool has_biases,
+                                               c10::List<bool> needs) {
+  const c10::DeviceGuard guard(input.device());
+  return layer_backward(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode, has_biases,
+                        needs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charrnn_fast, CUDA, m) {
+  m.impl("rnn_layer", TORCH_FN(guarded_layer));
+  m.impl("rnn_layer_backward", TORCH_FN(guarded_layer_backward));
+}
+
+}  // namespace charrnn_fast::cuda

@@ -1,0 +1,103 @@
+"""Compiles the kernels with nvcc and reads what ptxas says of them.
+
+usage: check_ptxas.py [--arch 75 80 90 100]
+
+Prints a table of registers, the blocks of 256 threads that they let a multiprocessor have,
+stack and spills; exits with 1 when a kernel has more than ALLOWED bytes of stack. Several of the
+widest tiles do.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["recurrence_forward.cu", "recurrence_backward.cu", "elementwise.cu", "generate.cu"]
+# Bytes of stack that a kernel may have.
+ALLOWED = 16
+
+
+def find_nvcc():
+    """The path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
+
+
+def compile_one(nvcc, source, arch, folder):
+    """What ptxas -v says; the object also holds PTX, for devices to come."""
+    command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", "-c", str(ROOT / "csrc/cuda" / source)]
+    command += [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"]
+    command += ["-o", os.path.join(folder, f"{source}.{arch}.o")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stdout + run.stderr)
+    return run.stderr
+
+
+def demangled(symbol):
+    """Readable names of our kernels."""
+    direction = {"0": "forward", "1": "backward"}
+    found = re.search(r"(block|grid)_recurrenceILi(\d+)ELb([01])E(\S*?)EEvNS|$", symbol)
+    if found.group(1):
+        stored = found.group(4) or ""
+        packed = " float16" if "PackedFloat16" in stored else ""
+        packed = " bfloat16" if "PackedBFloat16" in stored else packed
+        return f"{found.group(1)} {direction[found.group(3)]} tile {found.group(2)}{packed}"
+    found = re.search(r"grid_recurrenceILi(\d+)ELb([01])E", symbol)
+    if found:
+        return f"grid {direction[found.group(2)]} tile {found.group(1)}"
+    names = "step_forward|step_backward|gather|segment_sum|generate"
+    return re.search(rf"\d({names})E", symbol).group(1)
+
+
+def kernels(text):
+    """(name, registers, stack, spilled bytes) of each kernel in ptxas' output."""
+    for part in text.split("Compiling entry function '")[1:]:
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+)", part).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        yield demangled(part.split("'")[0]), registers, stack, stores + loads
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", nargs="+", default=["75", "80", "90", "100"])
+    parser.add_argument("--source", nargs="+", default=SOURCES)
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("nvcc was not found")
+    table, bad = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in options.arch:
+            for source in options.source:
+                for name, registers, stack, spills in kernels(
+                    compile_one(nvcc, source, arch, folder)
+                ):
+                    table.setdefault(name, {})[arch] = (registers, stack, spills)
+                    if stack > ALLOWED:
+                        bad.append(f"{name} on sm_{arch}: {stack} bytes of stack, {spills} spilled")
+    # Threads come in blocks of 256, and registers of a thread in eights.
+    print("| kernel | " + " | ".join(f"sm_{arch}" for arch in options.arch) + " |")
+    print("|---|" + "---|" * len(options.arch))
+    for name, row in table.items():
+        cells = []
+        for arch in options.arch:
+            registers, stack, spills = row[arch]
+            blocks = 65536 // (256 * -(-registers // 8) * 8)
+            note = f", {stack} B stack, {spills} B spilled" if stack or spills else ""
+            cells.append(f"{registers} ({blocks}){note}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    for line in bad:
+        print("FAIL", line)
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

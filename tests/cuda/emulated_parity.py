@@ -1,0 +1,103 @@
+"""Run by test_cuda.py in a process of its own: nn.RNN against the emulated CUDA path.
+
+usage: emulated_parity.py LIBRARY; CHARRNN_FAST_DESIGN names the design.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import charrnn_fast
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def close(found, expected, what, dtype):
+    bound = TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+    error = (found.double() - expected).abs().max().item() if expected.numel() else 0.0
+    assert error <= bound, f"{what}: off by {error:g}, allowed {bound:g}"
+
+
+def compare(what, dtype, ours, reference, run, run_reference):
+    """Outputs and every gradient of ours against nn.RNN in float64."""
+    output, h_n = run(ours)
+    expected, expected_h_n = run_reference(reference)
+    close(output, expected, what + " output", dtype)
+    close(h_n, expected_h_n, what + " h_n", dtype)
+    generator = torch.Generator().manual_seed(3)
+    g, g_n = (torch.randn(t.shape, generator=generator) for t in (expected, expected_h_n))
+    ((output * g.to(dtype)).sum() + (h_n * g_n.to(dtype)).sum()).backward()
+    (
+        (expected * g.to(dtype).double()).sum() + (expected_h_n * g_n.to(dtype).double()).sum()
+    ).backward()
+    for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        close(p.grad, q.grad, f"{what} gradient of {name}", dtype)
+
+
+def main(library):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ops.load_library(library)
+    counts = ctypes.CDLL(library).emulated_layers
+    design = os.environ.get("CHARRNN_FAST_DESIGN", "block")
+    cases = 0
+    for layers, two, bias, dtype, kind in itertools.product(
+        (1, 2),
+        (False, True),
+        (True, False),
+        (torch.float32, torch.bfloat16, torch.float16),
+        ("padded", "lengths", "packed", "tokens", "no hx"),
+    ):
+        # In 16 bits a sum near zero may fall on the other side of relu's corner.
+        mode = "relu" if dtype == torch.float32 and cases % 2 else "tanh"
+        T, B, input_size, H = 5, 6, 7, (9, 40, 70)[cases % 3]
+        cases += 1
+        what = f"{design} {kind} layers={layers} two={two} bias={bias} {dtype} H={H} {mode}"
+        torch.manual_seed(cases)
+        ours = charrnn_fast.RNN(
+            input_size, H, layers, mode, bias=bias, bidirectional=two, dtype=dtype
+        )
+        reference = nn.RNN(input_size, H, layers, mode, bias=bias, bidirectional=two).double()
+        reference.load_state_dict(ours.state_dict())
+        hx = None if kind == "no hx" else torch.randn(layers * (1 + two), B, H, dtype=dtype)
+        hx64 = None if hx is None else hx.double()
+        lengths = torch.tensor([5, 4, 4, 2, 1, 1])
+        if kind == "lengths":
+            lengths = lengths[torch.tensor([3, 0, 5, 1, 4, 2])]
+        x = torch.randn(T, B, input_size, dtype=dtype)
+        if kind == "tokens":
+            ids = torch.randint(input_size, (T, B))
+            x64 = nn.functional.one_hot(ids, input_size).double()
+            compare(what, dtype, ours, reference, lambda m: m(ids, hx), lambda m: m(x64, hx64))
+            continue
+        leaf, leaf64 = x.clone().requires_grad_(), x.double().requires_grad_()
+
+        def padded64(m, leaf=leaf64, lengths=lengths, hx=hx64):
+            packed = pack_padded_sequence(leaf, lengths, enforce_sorted=False)
+            output, h_n = m(packed, hx)
+            return nn.utils.rnn.pad_packed_sequence(output, total_length=leaf.shape[0])[0], h_n
+
+        def packed(m, leaf=leaf, lengths=lengths, hx=hx):
+            output, h_n = m(pack_padded_sequence(leaf, lengths), hx)
+            return nn.utils.rnn.pad_packed_sequence(output, total_length=leaf.shape[0])[0], h_n
+
+        if kind == "lengths":
+            compare(what, dtype, ours, reference, lambda m: m(leaf, hx, lengths=lengths), padded64)
+        elif kind == "packed":
+            compare(what, dtype, ours, reference, packed, padded64)
+        else:
+            compare(what, dtype, ours, reference, lambda m: m(leaf, hx), lambda m: m(leaf64, hx64))
+        close(leaf.grad, leaf64.grad, what + " gradient of the input", dtype)
+    assert counts(0) >= cases, "the emulated kernels did not run forward"
+    assert counts(1) >= cases, "the emulated kernels did not run backward"
+    print(f"{design}: {cases} modules, {counts(0)} layers forward, {counts(1)} backward")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,602 @@
+// Runs CUDA kernels on a CPU, for tests: each CUDA thread is a fiber, and all fibers of a block (of
+// a whole grid, in a cooperative launch) take turns on one operating-system thread.
+//
+// A fiber runs until it waits: at a barrier of its block, at a shuffle of its warp, or in pause().
+// Who goes next is chosen by Emulator::order, so that code which lacks a barrier sees other
+// interleavings than the obvious one. Dynamic shared memory begins as NaN, and so do its
+// surroundings, which must stay so. ThreadSanitizer and AddressSanitizer are told of the fibers:
+// the former sees a happens-before edge only where CUDA promises one (block barriers,
+// arrive/arrivals, start and end of a launch), not at shuffles.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace emulator {
+
+// kUneven: each warp has a random precedence and goes on as far as it can, before and after others.
+enum class Order { kForward, kReverse, kRandom, kUneven };
+
+// What a run is to look like, and what it found.
+struct Settings {
+  Order order = Order::kForward;
+  unsigned seed = 1;
+  int skip_site = 0;       // the barrier, shuffle or wait of this source line does nothing
+  int shared_missing = 0;  // so many bytes less shared memory than the launch asks for
+  bool skip_grid_barrier = false;
+  bool refuse_launch = false;     // as when the device cannot
+  int resident_blocks = 1 << 30;  // a cooperative launch of more fails, as on a device
+  std::set<int> sites;            // source lines of the barriers that were met
+  int64_t switches = 0;
+  int64_t launches = 0;
+  int64_t cooperative_launches = 0;
+  std::string fault;  // the first fault found; empty: none
+};
+inline Settings settings;
+
+// The emulator's own memory is shared by fibers without any order that CUDA promises:
+// ThreadSanitizer is not to look at it. Counted per fiber, so a scope may span switches.
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+struct Unobserved {
+  Unobserved() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unobserved() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+#else
+struct Unobserved {
+  Unobserved() {}
+};
+#endif
+
+inline void report(const std::string& fault) {
+  if (settings.fault.empty()) settings.fault = fault;
+}
+
+// ---- Fibers
+
+struct Fiber;
+inline Fiber* current = nullptr;
+void fiber_main();
+
+struct Context {
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+#endif
+  void* bottom = nullptr;
+  size_t size = 0;
+};
+
+#if defined(__x86_64__)
+// Saves the registers a callee must keep, and the two control words.
+extern "C" void charrnn_fast_switch(void** from, void* to);
+asm(R"(
+.text
+.weak charrnn_fast_switch
+.type charrnn_fast_switch,@function
+charrnn_fast_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size charrnn_fast_switch,.-charrnn_fast_switch
+)");
+#endif
+
+inline void switch_context(Context& from, Context& to, bool ending = false) {
+  ++settings.switches;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(ending ? nullptr : &from.fake_stack, to.bottom, to.size);
+#else
+  (void)ending;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if defined(__x86_64__)
+  charrnn_fast_switch(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.context, &to.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+struct Block;
+enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+
+struct Fiber {
+  Context context;
+  Block* block = nullptr;
+  unsigned thread = 0;
+  State state = State::kReady;
+  int site = 0;      // where it waits
+  int shuffles = 0;  // done so far
+  bool spinning = false;
+  unsigned precedence = 0;
+#if defined(__SANITIZE_THREAD__)
+  ~Fiber() {
+    if (context.tsan != nullptr) __tsan_destroy_fiber(context.tsan);
+  }
+#endif
+};
+
+struct Warp {
+  uint32_t slot[2][32];
+  int arrived[2] = {0, 0};
+};
+
+struct Block {
+  dim3 index;
+  unsigned threads = 0;
+  std::vector<Fiber*> fibers;
+  std::vector<Warp> warps;
+  char* shared = nullptr;
+  int at_barrier = 0;
+  int done = 0;
+  int barrier_site = 0;
+};
+
+// Stacks are mapped once and used again; a page below each may not be touched.
+class Stacks {
+ public:
+  static constexpr size_t kSize = 64 * 1024, kGuard = 4096;
+  char* take() {
+    if (!free_.empty()) {
+      char* stack = free_.back();
+      free_.pop_back();
+      return stack;
+    }
+    void* memory = mmap(nullptr, kSize + kGuard, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      std::perror("emulator: no memory for a stack");
+      std::abort();
+    }
+    mprotect(memory, kGuard, PROT_NONE);
+    return static_cast<char*>(memory) + kGuard;
+  }
+  void give(char* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kSize);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    munmap(stack - kGuard, kSize + kGuard);  // so that what it saw is forgotten
+#else
+    free_.push_back(stack);
+#endif
+  }
+
+ private:
+  std::vector<char*> free_;
+};
+inline Stacks stacks;
+
+struct Machine {
+  Context main;
+  std::function<void()> kernel;
+  dim3 grid;
+  std::vector<Fiber*> ready;  // in the order in which they will run
+  std::vector<Fiber*> later;
+  std::mt19937 random;
+  int64_t idle = 0;  // pauses since anything happened
+};
+inline Machine* machine = nullptr;
+
+inline void yield_from(Fiber* fiber) { switch_context(fiber->context, machine->main); }
+
+inline void make_ready(Fiber* fiber) {
+  fiber->state = State::kReady;
+  machine->later.push_back(fiber);
+}
+
+inline void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  // The scheduler's stack is learnt from the first switch.
+  __sanitizer_finish_switch_fiber(nullptr, const_cast<const void**>(&machine->main.bottom),
+                                  &machine->main.size);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(&machine->grid);
+#endif
+  machine->kernel();
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(machine);
+#endif
+  Unobserved unobserved;
+  Fiber* self = current;
+  self->state = State::kDone;
+  ++self->block->done;
+  machine->idle = 0;
+  switch_context(self->context, machine->main, true);
+  std::abort();  // nobody comes back
+}
+
+inline void start(Fiber& fiber, char* stack) {
+  fiber.context.bottom = stack;
+  fiber.context.size = Stacks::kSize;
+#if defined(__SANITIZE_THREAD__)
+  fiber.context.tsan = __tsan_create_fiber(0);
+#endif
+#if defined(__x86_64__)
+  // As if fiber_main had been called from nowhere: aligned, and six registers to pop before it.
+  void** top = reinterpret_cast<void**>(stack + Stacks::kSize - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.context.stack_pointer = top;
+#else
+  getcontext(&fiber.context.context);
+  fiber.context.context.uc_stack.ss_sp = stack;
+  fiber.context.context.uc_stack.ss_size = Stacks::kSize;
+  makecontext(&fiber.context.context, fiber_main, 0);
+#endif
+}
+
+// ---- What kernels call
+
+inline bool skipped(int site) {
+  settings.sites.insert(site);
+  return settings.skip_site == site;
+}
+
+inline void block_barrier(int site) {
+  Unobserved unobserved;
+  if (skipped(site)) return;
+  Fiber* self = current;
+  Block* block = self->block;
+  if (block->at_barrier > 0 && block->barrier_site != site) {
+    report("threads of one block wait at different barriers, lines " +
+           std::to_string(block->barrier_site) + " and " + std::to_string(site));
+  }
+  block->barrier_site = site;
+  machine->idle = 0;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(block);
+#endif
+  if (++block->at_barrier == static_cast<int>(block->threads)) {
+    block->at_barrier = 0;
+    for (Fiber* fiber : block->fibers) {
+      if (fiber != self) make_ready(fiber);
+    }
+    // Who arrives last has no precedence: it goes on when its turn comes.
+    make_ready(self);
+  } else {
+    self->state = State::kAtBarrier;
+    self->site = site;
+  }
+  yield_from(self);
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(block);
+#endif
+}
+
+// Slots alternate: one is written again only after all lanes have arrived at the shuffle in
+// between.
+inline uint32_t shuffle_xor(uint32_t value, int mask, int site) {
+  Unobserved unobserved;
+  if (skipped(site)) return value;
+  Fiber* self = current;
+  Warp& warp = self->block->warps[self->thread / 32];
+  const unsigned lane = self->thread % 32;
+  const int parity = self->shuffles++ % 2;
+  warp.slot[parity][lane] = value;
+  machine->idle = 0;
+  if (++warp.arrived[parity] == 32) {
+    warp.arrived[parity] = 0;
+    const unsigned first = self->thread - lane;
+    for (unsigned i = 0; i < 32; ++i) {
+      if (i != lane) make_ready(self->block->fibers[first + i]);
+    }
+  } else {
+    self->state = State::kAtShuffle;
+    self->site = site;
+    yield_from(self);
+  }
+  return warp.slot[parity][lane ^ static_cast<unsigned>(mask)];
+}
+
+inline void pause() {
+  Unobserved unobserved;
+  current->spinning = true;
+  ++machine->idle;
+  make_ready(current);
+  yield_from(current);
+  current->spinning = false;
+}
+
+// ---- Launch
+
+class Launch {
+ public:
+  Launch(dim3 grid, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
+    machine_.kernel = std::move(kernel);
+    machine_.grid = grid;
+    machine_.random.seed(settings.seed);
+    threads_ = threads;
+    shared_bytes_ = shared_bytes - std::min<size_t>(shared_bytes, settings.shared_missing);
+#if defined(__SANITIZE_THREAD__)
+    machine_.main.tsan = __tsan_get_current_fiber();
+#endif
+  }
+
+  void run(bool all_at_once) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&machine_.grid);
+#endif
+    std::vector<dim3> blocks;
+    for (unsigned y = 0; y < machine_.grid.y; ++y) {
+      for (unsigned x = 0; x < machine_.grid.x; ++x) blocks.push_back(dim3(x, y));
+    }
+    arrange(blocks);
+    machine = &machine_;
+    if (all_at_once) {
+      run_blocks(blocks);
+    } else {
+      for (const dim3& index : blocks) run_blocks({index});
+    }
+    machine = nullptr;
+    current = nullptr;
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(&machine_);
+#endif
+  }
+
+ private:
+  static constexpr size_t kMargin = 4096;
+
+  template <typename T>
+  void arrange(std::vector<T>& list) {
+    if (settings.order == Order::kReverse) std::reverse(list.begin(), list.end());
+    if (settings.order == Order::kRandom) std::shuffle(list.begin(), list.end(), machine_.random);
+  }
+
+  void run_blocks(const std::vector<dim3>& indices) {
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<std::vector<char>> memory;
+    for (const dim3& index : indices) {
+      auto block = std::make_unique<Block>();
+      block->index = index;
+      unsigned precedence = 0;
+      block->threads = threads_;
+      block->warps.resize((threads_ + 31) / 32);
+      // All bits set is a NaN in every format. Margins on both sides must keep it.
+      memory.emplace_back(shared_bytes_ + 2 * kMargin, static_cast<char>(0xff));
+      block->shared = memory.back().data() + kMargin;
+      block->shared += (16 - reinterpret_cast<uintptr_t>(block->shared) % 16) % 16;
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_poison_memory_region(block->shared + shared_bytes_, 2048);
+#endif
+      for (unsigned i = 0; i < threads_; ++i) {
+        auto fiber = std::make_unique<Fiber>();
+        fiber->block = block.get();
+        fiber->thread = i;
+        if (i % 32 == 0) precedence = 1 + machine_.random() % 1000000;
+        fiber->precedence = precedence;
+        start(*fiber, stacks.take());
+        block->fibers.push_back(fiber.get());
+        machine_.later.push_back(fiber.get());
+        fibers.push_back(std::move(fiber));
+      }
+      blocks.push_back(std::move(block));
+    }
+    loop(fibers.size());
+    int64_t unfinished = 0;
+    for (const auto& fiber : fibers) {
+      if (fiber->state != State::kDone) ++unfinished;
+      stacks.give(static_cast<char*>(fiber->context.bottom));
+    }
+    if (unfinished > 0 && settings.fault.empty()) {
+      report(std::to_string(unfinished) + " threads wait for ever");
+    }
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const char* begin = memory[i].data();
+      const char* end = begin + memory[i].size();
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(blocks[i]->shared + shared_bytes_, 2048);
+#endif
+      const char* shared = blocks[i]->shared;
+      const auto touched = [](char c) { return c != static_cast<char>(0xff); };
+      if (std::any_of(begin, shared, touched) ||
+          std::any_of(shared + shared_bytes_, end, touched)) {
+        report("a store outside shared memory");
+      }
+    }
+    machine_.ready.clear();
+    machine_.later.clear();
+  }
+
+  // Moves from `later` to `ready` those whose turn it is.
+  void next() {
+    if (settings.order != Order::kUneven) {
+      machine_.ready.swap(machine_.later);
+      arrange(machine_.ready);
+      return;
+    }
+    unsigned highest = 0;
+    for (const Fiber* fiber : machine_.later) {
+      if (!fiber->spinning) highest = std::max(highest, fiber->precedence);
+    }
+    std::vector<Fiber*> left;
+    for (Fiber* fiber : machine_.later) {
+      const bool turn = highest > 0 ? !fiber->spinning && fiber->precedence == highest : true;
+      (turn ? machine_.ready : left).push_back(fiber);
+    }
+    machine_.later.swap(left);
+  }
+
+  void loop(size_t fibers) {
+    const int64_t patience = 200 * static_cast<int64_t>(fibers) + 100000;
+    while (!machine_.later.empty()) {
+      next();
+      for (Fiber* fiber : machine_.ready) {
+        current = fiber;
+        switch_context(machine_.main, fiber->context);
+      }
+      machine_.ready.clear();
+      if (machine_.idle > patience) {
+        report("blocks wait for ever at a grid barrier");
+        return;
+      }
+    }
+  }
+
+  Machine machine_;
+  unsigned threads_;
+  size_t shared_bytes_;
+};
+
+// A variable that has another value in every thread.
+struct ThreadIndex {
+  struct X {
+    operator unsigned() const { return current->thread; }
+  } x;
+};
+struct BlockIndex {
+  struct X {
+    operator unsigned() const { return current->block->index.x; }
+  } x;
+  struct Y {
+    operator unsigned() const { return current->block->index.y; }
+  } y;
+};
+struct GridDim {
+  struct X {
+    operator unsigned() const { return machine->grid.x; }
+  } x;
+};
+
+}  // namespace emulator
+
+inline const emulator::ThreadIndex threadIdx;
+inline const emulator::BlockIndex blockIdx;
+inline const emulator::GridDim gridDim;
+
+namespace charrnn_fast::cuda {
+
+inline char* dynamic_shared() { return emulator::current->block->shared; }
+
+inline void block_barrier(int site = __builtin_LINE()) { emulator::block_barrier(site); }
+
+inline unsigned bits_of(float value) { return __builtin_bit_cast(unsigned, value); }
+inline float float_of(unsigned bits) { return __builtin_bit_cast(float, bits); }
+
+inline float shuffle_xor(float value, int mask, int site = __builtin_LINE()) {
+  return float_of(emulator::shuffle_xor(bits_of(value), mask, site));
+}
+inline int shuffle_xor(int value, int mask, int site = __builtin_LINE()) {
+  return static_cast<int>(emulator::shuffle_xor(static_cast<uint32_t>(value), mask, site));
+}
+
+template <typename T>
+T load_l2(const T* p) {
+  return *p;
+}
+
+inline void arrive(unsigned* counter) {
+  {
+    emulator::Unobserved unobserved;
+    emulator::machine->idle = 0;
+  }
+  __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
+}
+inline unsigned arrivals(const unsigned* counter) {
+  // As if enough had arrived already.
+  if (emulator::settings.skip_grid_barrier)
+    return __atomic_load_n(counter, __ATOMIC_RELAXED) + (1u << 30);
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+}
+inline void pause() { emulator::pause(); }
+
+inline float from_float16(uint16_t bits) {
+  return static_cast<float>(__builtin_bit_cast(_Float16, bits));
+}
+inline uint16_t to_float16(float value) {
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
+}
+
+template <typename Args>
+const char* launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, bool cooperative,
+                   void* /*stream*/, Args args) {
+  if (emulator::settings.refuse_launch) return "invalid argument";
+  if (cooperative && static_cast<int>(grid.x * grid.y) > emulator::settings.resident_blocks) {
+    return "too many blocks in cooperative launch";
+  }
+  emulator::Unobserved unobserved;
+  ++emulator::settings.launches;
+  emulator::settings.cooperative_launches += cooperative;
+  emulator::Launch(grid, threads, shared_bytes, [=] { kernel(args); }).run(cooperative);
+  return nullptr;
+}
+
+}  // namespace charrnn_fast::cuda
