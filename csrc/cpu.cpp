@@ -48,13 +48,7 @@ class Barrier {
   alignas(64) std::atomic<int64_t> generation_{0};
 };
 
-// How many threads work on each direction, and how they divide it.
-struct Plan {
-  int members;
-  Split split;
-};
-
-// The cheapest plan by a rough count of cycles per step. Constants were measured on a Zen 4 core
+// The cheapest team by a rough count of cycles per step. Constants were measured on a Zen 4 core
 // with AVX-512; they decide speed only, never results.
 Plan plan_team(const Layer& layer, int threads, double passes) {
   constexpr double kBarrierCycles = 700;
@@ -67,11 +61,11 @@ Plan plan_team(const Layer& layer, int threads, double passes) {
   const double products = static_cast<double>(layer.N) * layer.H / kLanes *
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));
   const double steps = layer.T;
-  Plan best{1, Split::kBatch};
+  Plan best{1, Split::kBatch, false};
   double best_cost = steps * recurrence(layer.B) + products;
   const auto consider = [&](int members, Split split, double cost) {
     if (cost < best_cost) {
-      best = {members, split};
+      best = {members, split, false};
       best_cost = cost;
     }
   };
@@ -93,9 +87,8 @@ Plan plan_team(const Layer& layer, int threads, double passes) {
 // Runs call(direction, team) for each direction, in teams of plan.members, all at once where cores
 // allow.
 template <typename Call>
-void run_teams(int64_t directions, const Plan& plan, int threads, const Call& call) {
+void run_teams(int64_t directions, const Plan& plan, const Call& call) {
   const int members = plan.members;
-  const bool at_once = directions > 1 && threads >= 2 * members;
   const auto run = [&](int64_t first, int64_t last) {
     const int size = static_cast<int>(last - first) * members;
     if (size == 1) return call(first, Team{0, 1, nullptr, nullptr});
@@ -115,7 +108,7 @@ void run_teams(int64_t directions, const Plan& plan, int threads, const Call& ca
     if (complete) return;
     for (int64_t d = first; d < last; ++d) call(d, Team{0, 1, nullptr, nullptr});
   };
-  if (at_once) return run(0, directions);
+  if (plan.at_once) return run(0, directions);
   for (int64_t d = 0; d < directions; ++d) run(d, d + 1);
 }
 
@@ -124,6 +117,13 @@ int threads_to_use(const Layer& layer, double passes) {
   // Not worth waking a thread for less than some tens of microseconds.
   const double cycles = passes * layer.D * layer.N * layer.H * (layer.I + layer.H) / 16.0;
   return cycles < 100000 ? 1 : at::get_num_threads();
+}
+
+Plan make_plan(const Layer& layer, double passes) {
+  const int threads = threads_to_use(layer, passes);
+  Plan plan = plan_team(layer, threads, passes);
+  plan.at_once = layer.D > 1 && threads >= 2 * plan.members;
+  return plan;
 }
 
 // The layout of the rows, with the arrays it points to.
@@ -200,8 +200,7 @@ void forward_layer(const Layer& layer, const at::Tensor& input, const Optional& 
   // Looked up once: another thread may select another ISA meanwhile.
   const Kernels<scalar>& table = kernels<scalar>();
   const int64_t per_direction = has_biases ? 4 : 2;
-  const int threads = threads_to_use(layer, 1);
-  const Plan plan = plan_team(layer, threads, 1);
+  const Plan plan = plan_forward(layer);
   const scalar* h0 = data_or_null<scalar>(hx);
   std::array<ForwardArgs<scalar>, 2> args;
   std::array<at::Tensor, 2> workspace;
@@ -231,7 +230,7 @@ void forward_layer(const Layer& layer, const at::Tensor& input, const Optional& 
     args[d].workspace = workspace[d].mutable_data_ptr();
   }
   const auto forward = table.forward;
-  run_teams(layer.D, plan, threads, [&](int64_t d, const Team& team) { forward(args[d], team); });
+  run_teams(layer.D, plan, [&](int64_t d, const Team& team) { forward(args[d], team); });
 }
 
 Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList weights_,
@@ -273,8 +272,7 @@ void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n
   // Looked up once: another thread may select another ISA meanwhile.
   const Kernels<scalar>& table = kernels<scalar>();
   const int64_t per_direction = has_biases ? 4 : 2;
-  const int threads = threads_to_use(layer, 3);
-  const Plan plan = plan_team(layer, threads, 3);
+  const Plan plan = plan_backward(layer);
   const int64_t state = layer.B * layer.H;
   const scalar* h0 = data_or_null<scalar>(hx);
   const scalar* dy_data = data_or_null<scalar>(dy);
@@ -321,7 +319,7 @@ void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n
     args[d].workspace = workspace[d].mutable_data_ptr();
   }
   const auto backward = table.backward;
-  run_teams(layer.D, plan, threads, [&](int64_t d, const Team& team) { backward(args[d], team); });
+  run_teams(layer.D, plan, [&](int64_t d, const Team& team) { backward(args[d], team); });
   if (layer.D == 2 && grads[0].numel() > 0) grads[0].add_(dx[1]);
   for (int64_t d = 0; has_biases && d < layer.D; ++d) {
     at::Tensor* dw = &grads[2 + d * per_direction];
@@ -375,6 +373,9 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
 }
 
 }  // namespace
+
+Plan plan_forward(const Layer& layer) { return make_plan(layer, 1); }
+Plan plan_backward(const Layer& layer) { return make_plan(layer, 3); }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
   m.impl("rnn_layer", TORCH_FN(rnn_layer_cpu));

@@ -71,6 +71,15 @@ void check_token_ids(const at::Tensor& ids, int64_t I);
 // metadata only.
 const char* why_composite(const at::Tensor& input, const Optional& hx, at::TensorList weights);
 
+// How the CPU kernels divide one layer among threads.
+struct Plan {
+  int members;   // threads that work on each direction
+  Split split;   // how they divide it, when they are several
+  bool at_once;  // each direction has a team of its own, and both run at the same time
+};
+Plan plan_forward(const Layer& layer);
+Plan plan_backward(const Layer& layer);
+
 // The same formulas in differentiable at:: ops, for every device, dtype and transform.
 namespace composite {
 Pair forward(const at::Tensor& input, const Optional& hx, at::TensorList weights,

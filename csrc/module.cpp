@@ -274,6 +274,15 @@ void use_isa(const std::string& name) {
                         known);
 }
 
+// (threads, "batch" or "hidden", whether both directions run at once) of one layer of these sizes.
+py::tuple plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t D, int64_t rows, bool backward) {
+  Layer layer{};
+  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.D = D, layer.N = rows;
+  const Plan plan = backward ? plan_backward(layer) : plan_forward(layer);
+  return py::make_tuple(plan.members * (plan.at_once ? 2 : 1),
+                        plan.split == Split::kBatch ? "batch" : "hidden", plan.at_once);
+}
+
 PyMethodDef kMethods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
      nullptr},
@@ -299,6 +308,7 @@ PYBIND11_MODULE(_C, m) {
     result["backward_composite"] = c.backward_composite.load();
     return result;
   });
+  m.def("plan", plan);
   m.def("why_composite",
         [](const at::Tensor& input, const std::optional<at::Tensor>& hx,
            const std::vector<at::Tensor>& weights) -> std::optional<std::string> {
