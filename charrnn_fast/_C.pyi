@@ -1,6 +1,6 @@
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 def forward(
     attributes: dict[str, Any], input: object, hx: object, lengths: object, /
@@ -15,3 +15,4 @@ def plan(
     T: int, B: int, I: int, H: int, D: int, rows: int, backward: bool
 ) -> tuple[int, str, bool]: ...
 def why_composite(input: Tensor, hx: Tensor | None, weights: list[Tensor]) -> str | None: ...
+def computed_in(dtype: dtype) -> dtype: ...

@@ -166,6 +166,14 @@ def why_composite(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -
     return _C.why_composite(input, hx, list(weights))
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose kernels serve tensors of ``dtype`` on the CPU, with the ISA in use.
+
+    float16, and bfloat16 where the ISA has no products of it, are converted to float32 and back.
+    """
+    return _C.computed_in(dtype)
+
+
 def counters() -> dict[str, int]:
     """How many layers ran fused and composite, forward and backward, since the import."""
     return _C.counters()

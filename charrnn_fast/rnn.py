@@ -283,12 +283,19 @@ def explain(module: nn.Module, input: Any, hx: Tensor | None = None, **_: Any) -
     """
 
     def answer(reason: str | None) -> Explanation:
+        details = {}
+        if reason is None and weights[0].dtype.itemsize == 2:
+            computed = ops.computed_in(weights[0].dtype)
+            details["products"] = f"of {computed}, summed in float32".replace("torch.", "")
         return Explanation(
             fused=reason is None,
             reason=reason or "the CPU kernels serve these tensors",
             isa=ops.current_isa(),
             threads=torch.get_num_threads(),
+            details=details,
         )
+
+    weights: list[Tensor] = []
 
     if not isinstance(module, (RNN, RNNCell)):
         return answer(f"the module is a {type(module).__module__}.{type(module).__qualname__}")

@@ -13,6 +13,11 @@
 #include "layer.h"
 
 namespace charrnn_fast {
+
+at::ScalarType computed_in(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 namespace {
 
 // Members wait here for each other by spinning, since a step may last less than a microsecond; they
@@ -188,6 +193,22 @@ std::vector<at::Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
+Optional converted(const Optional& tensor, at::ScalarType dtype) {
+  return tensor.has_value() && tensor->defined() ? Optional(tensor->to(dtype)) : std::nullopt;
+}
+
+std::vector<at::Tensor> converted(at::TensorList tensors, at::ScalarType dtype) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) result.push_back(tensor.to(dtype));
+  return result;
+}
+
+// Token ids stay what they are.
+at::Tensor converted_input(const at::Tensor& input, at::ScalarType dtype) {
+  return input.scalar_type() == at::kLong ? input : input.to(dtype);
+}
+
 template <typename scalar>
 const scalar* data_or_null(const Optional& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<scalar>() : nullptr;
@@ -239,6 +260,13 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
   const Layer layer = check_layer(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
   if (why_composite(input_, hx_, weights_) != nullptr) {
     return composite::forward(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
+  }
+  const auto dtype = weights_[0].scalar_type(), computed = computed_in(dtype);
+  if (computed != dtype) {
+    const auto [y, h_n] =
+        rnn_layer_cpu(converted_input(input_, computed), converted(hx_, computed),
+                      converted(weights_, computed), batch_sizes_, lengths_, mode, has_biases);
+    return {y.to(dtype), h_n.to(dtype)};
   }
   const at::Tensor input = input_.contiguous();
   const Optional hx = contiguous(hx_);
@@ -338,6 +366,15 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
   if (why_composite(input_, hx_, weights_) != nullptr) {
     return composite::backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_, lengths_, mode,
                                has_biases, needs);
+  }
+  const auto dtype = weights_[0].scalar_type(), computed = computed_in(dtype);
+  if (computed != dtype) {
+    return converted(
+        rnn_layer_backward_cpu(converted(dy_, computed), converted(dh_n_, computed),
+                               converted_input(input_, computed), converted(hx_, computed),
+                               converted(weights_, computed), y_.to(computed), batch_sizes_,
+                               lengths_, mode, has_biases, needs),
+        dtype);
   }
   const at::Tensor input = input_.contiguous(), y = y_.contiguous();
   const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);

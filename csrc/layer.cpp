@@ -184,8 +184,8 @@ const char* why_composite(const at::Tensor& input, const Optional& hx, at::Tenso
   const at::Tensor& weight = weights[0];
   if (!weight.device().is_cpu()) return "the device is not the CPU";
   const auto dtype = weight.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kDouble) {
-    return "the dtype is neither float32 nor float64";
+  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    return "the dtype is none of float32, float64, bfloat16 and float16";
   }
   if (weight.layout() != at::kStrided || input.layout() != at::kStrided) {
     return "the layout is not strided";

@@ -80,6 +80,11 @@ struct Plan {
 Plan plan_forward(const Layer& layer);
 Plan plan_backward(const Layer& layer);
 
+// The dtype whose CPU kernels serve `dtype` with the ISA in use. Where it is another, tensors are
+// converted on the way in and results on the way out: states and sums then are float32 from the
+// first step to the last.
+at::ScalarType computed_in(at::ScalarType dtype);
+
 // The same formulas in differentiable at:: ops, for every device, dtype and transform.
 namespace composite {
 Pair forward(const at::Tensor& input, const Optional& hx, at::TensorList weights,

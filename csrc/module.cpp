@@ -309,6 +309,7 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   m.def("plan", plan);
+  m.def("computed_in", computed_in);
   m.def("why_composite",
         [](const at::Tensor& input, const std::optional<at::Tensor>& hx,
            const std::vector<at::Tensor>& weights) -> std::optional<std::string> {
