@@ -6,15 +6,19 @@
     RUN/last.safetensors     the last weights, optimizer, random state, carried state and counters
     RUN/metrics.jsonl        one line for each measurement
 
-Nothing is pickled, so nothing that is loaded can run code. Every file is written beside its place,
-flushed to the disk and renamed: a crash or a full disk leaves the previous one.
+Nothing is pickled, so nothing that is loaded can run code, and nothing is allocated on the word of
+a file alone: shapes are compared with the bytes that are there first. Every file is written beside
+its place, flushed to the disk and renamed: a crash or a full disk leaves the previous one, and a
+symbolic link in the folder is replaced, not followed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +35,8 @@ from .vocabulary import Vocabulary
 FORMAT = 1
 CONFIG, VOCABULARY = "config.json", "vocab.json"
 MODEL, LAST, METRICS = "model.safetensors", "last.safetensors", "metrics.jsonl"
+LOCK = ".lock"
+MAX_JSON = 16 << 20  # bytes; a vocabulary of every character that there is has less than 5 MB
 
 
 class Pretrained(NamedTuple):
@@ -45,14 +51,18 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Replaces ``path`` by ``content``, or leaves it as it was and raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            kept = "; what was there before is kept" if path.exists() else ""
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}{kept}") from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -61,16 +71,46 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes ``folder``, and keeps it from other processes for a while.
+
+    The system lets go of the lock when a process ends, however it ends. Raises UsageError where
+    another one holds it, or where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write into {folder}: {error.strerror}; choose another --out-dir"
+        ) from None
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another training is writing into {folder}; wait for its end, or choose another "
+                "--out-dir"
+            ) from None
+        yield
+    finally:
+        os.close(file)
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode("utf-8", "surrogatepass"))  # as json.loads decodes it
 
 
 def read_json(path: Path) -> Any:
     if not path.is_file():
         raise UsageError(f"no such file: {path}; is {path.parent} a run?")
+    if path.stat().st_size > MAX_JSON:
+        raise UsageError(f"{path} is damaged: more than {MAX_JSON >> 20} MB")
     try:
         return json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is damaged: not JSON") from None
 
 
@@ -81,23 +121,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     write_atomic(path, serialize(tensors, metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, on the CPU, and what ``write_tensors`` was told about them."""
+def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors whose names begin with ``prefix``, by the rest of the name, on the CPU; and what
+    ``write_tensors`` was told about them. They take the memory that the file has bytes, at most."""
     if not path.is_file():
         raise UsageError(f"no such file: {path}; is {path.parent} a run?")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("charrnn_fast", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its metadata is no object")
             check_format(path, about.get("format_version", FORMAT))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: file.get_tensor(name) for name in names}, about
     except UsageError:
         raise
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is damaged or cut short: {error}") from None
 
 
 def check_format(path: Path, version: object) -> None:
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise UsageError(f"{path} has no valid format version: {version!r}")
     if version > FORMAT:
         raise UsageError(
@@ -117,17 +161,29 @@ def config_of(model: CharRNN) -> ModelConfig:
     )
 
 
-def load_weights(model: CharRNN, tensors: dict[str, Tensor], path: Path) -> None:
-    """Like ``load_state_dict``, with one line for whatever does not fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UsageError(
-                f"{path} does not fit {CONFIG}: {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such tensor')}"
-            )
-    model.load_state_dict(tensors)
+def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model's weights, one by one: nothing is allocated."""
+    V, H = config.vocab_size, config.hidden_size
+    for layer in range(config.num_layers):
+        yield f"rnn.weight_ih_l{layer}", (H, H if layer else V)
+        yield f"rnn.weight_hh_l{layer}", (H, H)
+        yield f"rnn.bias_ih_l{layer}", (H,)
+        yield f"rnn.bias_hh_l{layer}", (H,)
+    yield "head.weight", (V, H)
+    yield "head.bias", (V,)
+
+
+def check_weights(config: ModelConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises UsageError, in one line, for weights that are not those of ``config``."""
+    names = set()
+    for name, shape in weight_shapes(config):
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+            found = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise UsageError(f"{path} does not fit {CONFIG}: {name} is {found}, expected {shape}")
+        names.add(name)
+    if unknown := sorted(tensors.keys() - names):
+        raise UsageError(f"{path} does not fit {CONFIG}: it has {unknown[0]}, which no layer has")
 
 
 def save_settings(
@@ -135,7 +191,6 @@ def save_settings(
 ) -> None:
     from charrnn_fast import __version__
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / VOCABULARY, vocabulary.to_json())
     settings = {
         "format_version": FORMAT,
@@ -154,22 +209,30 @@ def read_settings(folder: Path) -> tuple[ModelConfig, Vocabulary, dict[str, Any]
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is damaged: not an object")
     check_format(path, settings.get("format_version"))
+    training = settings.get("training", {})
     try:
         config = ModelConfig(**settings["model"])
-    except (KeyError, TypeError) as error:
+        if not isinstance(training, dict):
+            raise TypeError("the training options are no object")
+    except (KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
-    vocabulary = Vocabulary.from_json(read_json(folder / VOCABULARY))
+    characters = read_json(folder / VOCABULARY)
+    try:
+        vocabulary = Vocabulary.from_json(characters)
+    except UsageError as error:
+        raise UsageError(f"{folder / VOCABULARY} is damaged: {error}") from None
     if len(vocabulary) != config.vocab_size:
         raise UsageError(
             f"{folder / VOCABULARY} has {len(vocabulary)} characters, "
             f"but the model has {config.vocab_size}"
         )
-    return config, vocabulary, settings.get("training", {})
+    return config, vocabulary, training
 
 
 def save_pretrained(folder: str | Path, model: CharRNN, vocabulary: Vocabulary) -> None:
     """Writes a model and its vocabulary as a folder that ``from_pretrained`` reads."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_settings(folder, config_of(model), vocabulary, {})
     write_tensors(folder / MODEL, model.state_dict(), {})
 
@@ -187,10 +250,9 @@ def from_pretrained(
     """
     folder = Path(folder)
     config, vocabulary, training = read_settings(folder)
-    model = build_model(config, backend)
     path = folder / (LAST if last else MODEL)
-    tensors, _ = read_tensors(path)
-    if last:
-        tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k[:6] == "model."}
-    load_weights(model, tensors, path)
+    tensors, _ = read_tensors(path, "model." if last else "")
+    check_weights(config, tensors, path)
+    model = build_model(config, backend)
+    model.load_state_dict(tensors)
     return Pretrained(model.to(device).eval(), vocabulary, training)

@@ -29,12 +29,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.dropout, (int, float)):
+            raise UsageError(f"dropout must be a number, not {self.dropout!r}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.nonlinearity not in get_args(Nonlinearity):
             raise UsageError(f"no such nonlinearity: {self.nonlinearity}")
+
+
+class Head(nn.Linear):
+    """A linear layer over ``[T, B, H]`` whose bits do not depend on the number of threads.
+
+    One large product would be cut among the threads at places where its sums run in another order;
+    a product for each time step goes to one thread as it is.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, input, self.weight.t().expand(len(input), -1, -1))
 
 
 class CharRNN(nn.Module):
@@ -48,7 +62,7 @@ class CharRNN(nn.Module):
         super().__init__()
         self.rnn = rnn
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(rnn.hidden_size, rnn.input_size)
+        self.head = Head(rnn.hidden_size, rnn.input_size)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens ``[T, B]`` (int64) and state ``[layers, B, H]`` (None: zeros) to logits
@@ -96,9 +110,14 @@ def build_model(
     )
     model = CharRNN(rnn, config.dropout)
     if recurrent_init == "orthogonal":
-        for name, parameter in rnn.named_parameters():
-            if name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the bits of a QR decomposition depend on it
+        try:
+            for name, parameter in rnn.named_parameters():
+                if name.startswith("weight_hh"):
+                    nn.init.orthogonal_(parameter)
+        finally:
+            torch.set_num_threads(threads)
     return model
 
 

@@ -16,11 +16,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from .errors import TrainingDiverged, UsageError
 from .evaluate import evaluate, evaluate_lines
 from .model import Backend, ModelConfig, Nonlinearity, RecurrentInit, bits, build_model
 from .sample import sample
+from .vocabulary import Ids, Vocabulary
 
 
 def option(default: Any, help: str, *aliases: str, live: bool = False) -> Any:
@@ -132,6 +133,23 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
+def prepare(
+    options: TrainOptions, vocabulary: Vocabulary, ids: Ids
+) -> tuple[Batches, Ids | LineBatches | None]:
+    """Batches to train on, and what is held out; None where that is too short to predict."""
+    train, held_out = split(ids, options.val_fraction)
+    if not options.lines:
+        batches = StreamBatches(train, options.batch_size, options.seq_length)
+        return batches, held_out if len(held_out) > 1 else None
+    end = vocabulary.characters.find("\n")
+    if end < 0:
+        raise UsageError("--lines needs a text with line breaks")
+    cut = len(train) - int((train[::-1] == end).argmax()) if end in train else len(train)
+    lines = LineBatches(ids[:cut], options.batch_size, end, options.seed)
+    rest = ids[cut:]
+    return lines, LineBatches(rest, options.batch_size, end, 0) if (rest != end).any() else None
+
+
 class Trainer:
     """One run: ``Trainer(options).run()``, or step by step.
 
@@ -150,14 +168,7 @@ class Trainer:
         on_loss: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.folder = Path(options.out_dir)
-        exists = (self.folder / checkpoint.CONFIG).exists()
-        if resume and not exists:
-            raise UsageError(f"no run to resume in {self.folder}")
-        if exists and not (resume or overwrite):
-            raise UsageError(
-                f"{self.folder} already holds a run; choose another --out-dir, or --resume it, "
-                "or --overwrite it"
-            )
+        self._check_folder(resume, overwrite)
         self.options, self.on_loss = options, on_loss
         self.rank, self.world = join_group(options.device)
         self.say = say if say and self.rank == 0 else (lambda line: None)
@@ -170,7 +181,12 @@ class Trainer:
         corpus = load_corpus(options.text, options.bytes)
         self.vocabulary = corpus.vocabulary
         self.text_hash = hashlib.sha256(corpus.ids.data).hexdigest()
-        self.batches, self.held_out = self._prepare(corpus.ids)
+        self.batches, self.held_out = prepare(options, self.vocabulary, corpus.ids)
+        size = self.batches.batch_size
+        if size < self.world or (not options.lines and size % self.world):
+            raise UsageError(f"a batch of {size} does not divide by {self.world} processes")
+        if size < options.batch_size:
+            self.say(f"note: the text is short; the batch size is {size}")
         self.chars_per_step = 0 if options.lines else options.seq_length * self.batches.batch_size
         epoch = len(self.batches)
         self.total_steps = options.max_iters or options.max_epochs * epoch
@@ -201,39 +217,31 @@ class Trainer:
         self.window = torch.zeros((), device=self.device)  # sum of losses since the last log
         self.norm = torch.zeros((), device=self.device)
         self.progress = Progress()
-        if resume:
-            self._restore()
-        elif self.rank == 0:
-            for name in (checkpoint.CONFIG, checkpoint.LAST, checkpoint.MODEL):
-                (self.folder / name).unlink(missing_ok=True)  # of a run that is overwritten
-            settings = {**asdict(options), "text_sha256": self.text_hash}
-            checkpoint.save_settings(self.folder, self.config, self.vocabulary, settings)
-            (self.folder / checkpoint.METRICS).write_bytes(b"")
+        with self._lock():
+            if self.rank == 0:
+                self._check_folder(resume, overwrite)  # another one may have begun meanwhile
+            if resume:
+                self._restore()
+            elif self.rank == 0:
+                for name in (checkpoint.CONFIG, checkpoint.LAST, checkpoint.MODEL):
+                    (self.folder / name).unlink(missing_ok=True)  # of a run that is overwritten
+                settings = {**asdict(options), "text_sha256": self.text_hash}
+                checkpoint.write_atomic(self.folder / checkpoint.METRICS, b"")
+                checkpoint.save_settings(self.folder, self.config, self.vocabulary, settings)
 
-    def _prepare(self, ids: Any) -> tuple[Batches, Any]:
-        """Batches to train on, and what is held out: ids, or LineBatches, or None if too short."""
-        options = self.options
-        train, held_out = split(ids, options.val_fraction)
-        batches: Batches
-        if options.lines:
-            end = self.vocabulary.characters.find("\n")
-            if end < 0:
-                raise UsageError("--lines needs a text with line breaks")
-            cut = len(train) - int((train[::-1] == end).argmax()) if end in train else len(train)
-            batches = LineBatches(ids[:cut], options.batch_size, end, options.seed)
-            rest = ids[cut:]
-            held = LineBatches(rest, options.batch_size, end, 0) if (rest != end).any() else None
-            size = batches.batch_size
-            out: Any = held
-        else:
-            batches = StreamBatches(train, options.batch_size, options.seq_length)
-            size = batches.batch_size
-            out = held_out if len(held_out) > 1 else None
-            if size % self.world:
-                raise UsageError(f"a batch of {size} does not divide by {self.world} processes")
-        if size < options.batch_size:
-            self.say(f"note: the text is short; the batch size is {size}")
-        return batches, out
+    def _lock(self) -> AbstractContextManager[None]:
+        """One process writes a run: the first one of a group, and no other training."""
+        return checkpoint.lock(self.folder) if self.rank == 0 else nullcontext()
+
+    def _check_folder(self, resume: bool, overwrite: bool) -> None:
+        exists = (self.folder / checkpoint.CONFIG).exists()
+        if resume and not exists:
+            raise UsageError(f"no run to resume in {self.folder}")
+        if exists and not (resume or overwrite):
+            raise UsageError(
+                f"{self.folder} already holds a run; choose another --out-dir, or --resume it, "
+                "or --overwrite it"
+            )
 
     def train_step(self) -> Tensor:
         """One step; returns its mean loss in nats a character (this process's share of it)."""
@@ -277,6 +285,10 @@ class Trainer:
 
         Raises TrainingDiverged when the loss is NaN, infinite, or ten times that of guessing.
         """
+        with self._lock():
+            return self._run()
+
+    def _run(self) -> Progress:
         options, progress = self.options, self.progress
         chars = self.chars_per_step
         bar = tqdm(
@@ -315,6 +327,7 @@ class Trainer:
                     stop = stop or bool(options.patience and progress.stale >= options.patience)
                     progress.finished = last or (stop and not interrupted)
                 if due or last or save or stop:
+                    self._check_weights()
                     self._save()
                 mark = time.perf_counter()
                 if stop:
@@ -336,17 +349,9 @@ class Trainer:
         window = self.window.clone()
         if self.world > 1:
             dist.all_reduce(window)
-        mean = window.item() / steps
-        limit = 10 * max(1.0, math.log(len(self.vocabulary)))
-        norm = self.norm.item()
-        if not (mean < limit and norm < math.inf):
-            kept = (self.folder / checkpoint.LAST).exists()
-            raise TrainingDiverged(
-                f"the loss became {mean:.3g} nats, with a gradient of norm {norm:.3g}, "
-                f"near step {progress.step}; "
-                + (f"the last good checkpoint is in {self.folder}; " if kept else "")
-                + "try a smaller --learning-rate or --grad-clip"
-            )
+        mean, norm = window.item() / steps, self.norm.item()
+        if not (self._is_sane(mean) and norm < math.inf):
+            self._diverged(f"the loss became {mean:.3g} nats, with a gradient of norm {norm:.3g},")
         progress.train_loss = mean
         if not log:
             return
@@ -358,6 +363,33 @@ class Trainer:
         self.window.zero_()
         progress.window_steps, progress.window_seconds = 0, 0.0
 
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Weights that the last step has ruined are not saved: they must predict one more batch.
+
+        The losses so far are those of the weights before it.
+        """
+        batch = self.batches.batch(*divmod(self.progress.step, len(self.batches)))
+        self.model.eval()
+        logits, _ = self.model(batch.tokens.to(self.device))
+        self.model.train()
+        targets = batch.targets.to(self.device).flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=PAD).item()
+        if not self._is_sane(loss):
+            self._diverged(f"the loss became {loss:.3g} nats")
+
+    def _is_sane(self, loss: float) -> bool:
+        """Whether a loss is a number, and at most ten times that of guessing."""
+        return loss <= 10 * max(1.0, math.log(len(self.vocabulary)))
+
+    def _diverged(self, what: str) -> NoReturn:
+        kept = (self.folder / checkpoint.LAST).exists()
+        raise TrainingDiverged(
+            f"{what} near step {self.progress.step}; "
+            + (f"the last good checkpoint is in {self.folder}; " if kept else "")
+            + "try a smaller --learning-rate or --grad-clip"
+        )
+
     def _keep_best(self, write: Callable[..., None]) -> None:
         """Evaluates, tells, and keeps the weights if they are the best so far."""
         progress = self.progress
@@ -365,7 +397,7 @@ class Trainer:
         if self.held_out is None:  # the last weights are the best ones
             loss = progress.best_loss = math.inf
         elif not math.isfinite(loss):
-            raise TrainingDiverged(f"the held-out loss became {loss} at step {progress.step}")
+            self._diverged(f"the held-out loss became {loss}")
         else:
             write(val_loss=loss, val_bpc=bits(loss))
         epoch = progress.step / len(self.batches)
@@ -474,30 +506,36 @@ class Trainer:
             raise UsageError(
                 f"the text is not the one {self.folder} was trained on; resume with that one"
             )
+        weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoint.check_weights(self.config, weights, path)
+        self.model.load_state_dict(weights)
         try:
             progress = Progress(**about["progress"])
-            weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-            checkpoint.load_weights(self.model, weights, path)
             for name, parameter in self.model.named_parameters():
                 prefix = f"optimizer.{name}."
+                moments = {k: tensors[prefix + k] for k in ("exp_avg", "exp_avg_sq")}
+                if any(moment.shape != parameter.shape for moment in moments.values()):
+                    raise ValueError(f"the optimizer's state of {name} has another shape")
                 self.optimizer.state[parameter] = {
-                    k.removeprefix(prefix): v.to("cpu" if k.endswith(".step") else self.device)
-                    for k, v in tensors.items()
-                    if k.startswith(prefix)
+                    "step": tensors[prefix + "step"].to(self.device),
+                    **{k: moment.to(self.device) for k, moment in moments.items()},
                 }
-                if self.device.type == "cuda":
-                    moved = self.optimizer.state[parameter]
-                    moved["step"] = moved["step"].to(self.device)
             if self.world == len(tensors["random"]):
                 torch.set_rng_state(tensors["random"][self.rank].clone())
             if "random_cuda" in tensors and self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random_cuda"][self.rank], self.device)
             if self.rank == 0:
                 self.window.copy_(tensors["window"])
-        except (KeyError, TypeError) as error:
+            if "state" in tensors:
+                shape = (self.config.num_layers, self.batches.batch_size, self.config.hidden_size)
+                if tensors["state"].shape != shape:
+                    raise ValueError(f"the carried state is {tuple(tensors['state'].shape)}")
+                mine = tensors["state"][:, self.rank :: self.world]
+                self.state = mine.contiguous().to(self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{path} is damaged: {error}") from None
-        if "state" in tensors:
-            self.state = tensors["state"][:, self.rank :: self.world].contiguous().to(self.device)
+        if type(progress.step) is not int or progress.step < 0:
+            raise UsageError(f"{path} is damaged: step {progress.step!r}")
         if progress.step >= self.total_steps:
             raise UsageError(
                 f"{self.folder} is finished at step {progress.step}; "

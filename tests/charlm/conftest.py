@@ -52,7 +52,8 @@ def trained(options: TrainOptions):
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """Each test may set the number of threads."""
+    """One thread: these trainings are too small for two. Each test may set another number."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

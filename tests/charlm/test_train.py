@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from charrnn_fast.charlm import Trainer, TrainingDiverged, UsageError, evaluate, sample, train
-from charrnn_fast.charlm.checkpoint import read_tensors
+from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
 from charrnn_fast.charlm.evaluate import evaluate_stream
 from charrnn_fast.charlm.train import clip_gradients, learning_rate
 
@@ -91,6 +91,21 @@ def test_same_seed_same_run(options, backend, changes):
     assert runs[0] == runs[1]
 
 
+def test_same_run_for_any_number_of_threads(options):
+    """At the size of the defaults, where matrix products are split: bit for bit, 1 to 7 threads.
+
+    For our module only: nn.RNN multiplies as its library pleases.
+    """
+    options = replace(options, hidden_size=128, batch_size=50, seq_length=50, max_iters=4)
+    Path(options.text).write_text("".join(map(chr, range(40, 110))) * 150)
+    runs = []
+    for threads in (1, 2, 3, 4, 7):
+        folder = f"{options.out_dir}-{threads}"
+        train(options, threads=threads, out_dir=folder, say=None)
+        runs.append((weights(folder), metrics(folder)))
+    assert all(run == runs[0] for run in runs)
+
+
 def test_another_seed_is_another_run(options):
     runs = [
         train(options, seed=s, max_epochs=1, out_dir=f"{options.out_dir}{s}", say=None)
@@ -134,7 +149,8 @@ def start(options, *arguments) -> subprocess.Popen:
         for k, v in vars(options).items()
         if k != "text" and not isinstance(v, bool)
     ]
-    command = [sys.executable, "-m", "charrnn_fast", "train", options.text, *flags, *arguments]
+    run = [sys.executable, "-m", "charrnn_fast", "train"]
+    command = [*run, *arguments] if arguments else [*run, options.text, *flags]
     return subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -144,25 +160,44 @@ def start(options, *arguments) -> subprocess.Popen:
     )
 
 
-def resume(folder) -> None:
-    train(out_dir=str(folder), resume=True, say=None)
+def test_killed_run_resumes_bit_for_bit(options):
+    """SIGKILL at random moments, again and again; what remains goes on to the same bits.
 
-
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.21, 0.5])
-def test_killed_run_resumes_bit_for_bit(options, delay):
-    """SIGKILL some time after the run has begun; what remains continues to the same weights."""
-    options = replace(options, max_epochs=40, save_interval=2, dropout=0.1)
-    train(options, out_dir=options.out_dir + "-whole", say=None)
+    The moments are random with each test run; a failure shows them.
+    """
+    options = replace(options, max_epochs=15, save_interval=2, dropout=0.1)
+    whole, folder = Path(options.out_dir + "-whole"), Path(options.out_dir)
+    start_of_run = time.perf_counter()
+    train(options, out_dir=str(whole), say=None)
+    length = time.perf_counter() - start_of_run
+    delays = [random.uniform(0, 0.4 * length) for _ in range(3)]
+    steps = []
     process = start(options)
-    while not (Path(options.out_dir) / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
+    for delay in delays:
+        while not (folder / "config.json").exists() and process.poll() is None:
+            time.sleep(0.002)
+        before = step_of(folder)
+        while steps and step_of(folder) == before and process.poll() is None:
+            time.sleep(0.002)  # the resumed one has begun to train
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            break  # it had finished before
+        steps.append(step_of(folder))
+        process = start(options, "--resume", str(folder))
     process.communicate()
-    with contextlib.suppress(UsageError):  # it had finished already
-        resume(options.out_dir)
-    assert weights(options.out_dir) == weights(options.out_dir + "-whole")
-    assert metrics(options.out_dir) == metrics(options.out_dir + "-whole")
+    assert steps, "no kill came before the end"
+    for name in ("model.safetensors", "last.safetensors"):
+        same = tensors_of(weights(folder, name)) == tensors_of(weights(whole, name))
+        assert same, (name, delays, steps)
+    assert metrics(folder) == metrics(whole), (delays, steps)
+
+
+def step_of(folder: Path) -> int:
+    """The step of the last checkpoint, 0 without one."""
+    path = folder / "last.safetensors"
+    return read_tensors(path, "none")[1]["progress"]["step"] if path.exists() else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -222,6 +257,58 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(options, rate):
     assert all(bool(v.isfinite().all()) for v in tensors.values())
     assert about["progress"]["step"] >= 3
     Trainer(options, resume=True, say=None)
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e38, math.inf])
+def test_a_step_that_ruins_the_weights_is_not_saved(options, rate):
+    """The loss of a step is that of the weights before it: the weights after it are tried, too."""
+    options = replace(options, nonlinearity="relu", warmup_iters=0, save_interval=1, max_iters=9)
+    trainer = Trainer(options, say=None)
+    losses = []
+
+    def ruin(loss):
+        losses.append(loss)
+        if len(losses) == 3:
+            with torch.no_grad():
+                trainer.model.head.weight.mul_(rate)
+
+    trainer.on_loss = ruin
+    with pytest.raises(TrainingDiverged, match=r"near step 3; the last good checkpoint is in"):
+        trainer.run()
+    assert step_of(trainer.folder) == 2
+    assert train(out_dir=options.out_dir, resume=True, say=None).progress.step == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimizer.head.bias.exp_avg", torch.zeros(3), "state of head.bias"),
+        ("optimizer.head.bias.exp_avg", None, "exp_avg"),
+        ("model.head.bias", torch.zeros(3), "head.bias"),
+        ("random", torch.zeros(1, 5, dtype=torch.uint8), "damaged"),
+        ("state", torch.zeros(2, 8, 3), "carried state"),
+        ("window", None, "window"),
+    ],
+)
+def test_damaged_training_state(options, trained, name, value, message):
+    """One line that names the file, whatever is wrong in it."""
+    path = Path(options.out_dir) / "last.safetensors"
+    tensors, about = read_tensors(path)
+    tensors.pop(name)
+    if value is not None:
+        tensors[name] = value
+    write_tensors(path, tensors, about)
+    with pytest.raises(UsageError, match=rf"last.safetensors .*{message}"):
+        train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)
+
+
+@pytest.mark.parametrize("progress", [None, {"pace": 1}, {"step": -1}, {"step": 1.5}])
+def test_damaged_counters(options, trained, progress):
+    path = Path(options.out_dir) / "last.safetensors"
+    tensors, about = read_tensors(path)
+    write_tensors(path, tensors, about | {"progress": progress})
+    with pytest.raises(UsageError, match=r"last.safetensors is damaged"):
+        train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)
 
 
 def test_early_stopping(options):
@@ -317,8 +404,51 @@ def test_streaming_evaluation_is_exact(trained, backend):
     assert evaluate(trained.model, ids, streams=4, seq_length=16) == pytest.approx(whole, rel=0.2)
 
 
+def torchrun(code: list[str]) -> None:
+    """Two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+GRADIENTS = """
+import sys
+import torch
+from charrnn_fast.charlm import Trainer, TrainOptions
+trainer = Trainer({options!r}, say=None)
+for _ in range(3):
+    trainer.train_step()
+torch.save([p.grad for p in trainer.parameters], "{folder}/grads-%d" % trainer.rank)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_two_processes_have_the_gradients_of_one(options, tmp_path, backend, lines):
+    """torchrun with gloo: each has half of the batch, and after the exchange the whole's gradient.
+
+    The same bits in both; those of one process up to the order of a sum. Lines of different
+    lengths give the processes different numbers of characters, which must not change the weights.
+    """
+    text = "".join(f"{'ab' * (n % 7)} line {n}\n" for n in range(40))
+    Path(options.text).write_text(text * 4)
+    options = replace(options, backend=backend, lines=lines, grad_clip=0.0)
+    one = Trainer(replace(options, out_dir=options.out_dir + "-one"), say=None)
+    for _ in range(3):
+        one.train_step()
+    script = tmp_path / "script.py"
+    code = "from charrnn_fast.charlm import TrainOptions\n"
+    script.write_text(code + GRADIENTS.format(options=options, folder=tmp_path))
+    torchrun([str(script)])
+    first, second = (torch.load(tmp_path / f"grads-{n}", weights_only=True) for n in (0, 1))
+    for parameter, a, b in zip(one.parameters, first, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_train_like_one(options):
-    """torchrun with gloo: the same gradients, so the same losses; the first process writes."""
+    """The whole run: the same losses, and one set of files, which the first process writes."""
     options = replace(options, max_epochs=2, val_fraction=0.2)
     train(options, out_dir=options.out_dir + "-one", say=None)
     flags = [
@@ -326,11 +456,10 @@ def test_two_processes_train_like_one(options):
         for k, v in vars(options).items()
         if k != "text" and not isinstance(v, bool)
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node=2", "-m", "charrnn_fast", "train", options.text, *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
+    torchrun(["-m", "charrnn_fast", "train", options.text, *flags])
     one, two = metrics(options.out_dir + "-one"), metrics(options.out_dir)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+    longer = train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)  # by one
+    assert longer.progress.step == 3 * len(longer.batches)
