@@ -94,8 +94,13 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   const scalar* init[kBlockSlots];
   scalar* delta[kBlockSlots];
   const scalar* y[kBlockSlots];
-  const TileArgs<scalar> product = {
-      .a = next, .K = args.H, .init = init, .out = delta, .y = y, .activation = activation};
+  TileArgs<scalar> product = {.a = next, .K = args.H, .init = init, .out = delta, .y = y};
+  const int64_t rows_a_step = args.reverse ? seq.B : -seq.B;
+  product.a_step = product.out_step = rows_a_step * args.H;
+  product.y_step = rows_a_step * args.ldy;
+  product.init_step = args.dy != nullptr ? rows_a_step * args.lddy : 0;
+  const int64_t rows_running = rows_of_running_tile(panels);
+  bool backwards = false;  // as in forward_block
   while (walk.next()) {
     const int64_t after = args.reverse ? walk.t - 1 : walk.t + 1;
     for (int64_t i = 0; i < walk.running; ++i) {
@@ -107,10 +112,17 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     for (int64_t i = 0; i < walk.continuing; ++i) {
       next[i] = args.delta + row_of(seq, after, slots.first + i) * args.H;
     }
-    for (int64_t p = mine.first; p < mine.last; ++p) {
-      multiply_rows<Finish::kBackward>(product, walk.continuing, panels, p,
-                                       space.recurrent + panels.first_column(p) * args.H);
+    product.steps = 1;
+    if (walk.continuing == walk.running && walk.running <= rows_running) {
+      product.steps = walk.steady();
+      walk.run(product.steps);
     }
+    for (int64_t i = mine.first; i < mine.last; ++i) {
+      const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
+      multiply_rows<Finish::kBackward, activation>(
+          product, walk.continuing, panels, p, space.recurrent + panels.first_column(p) * args.H);
+    }
+    backwards = !backwards;
     for (int64_t i = walk.continuing; i < walk.running; ++i) {
       const scalar* from_state = args.dh_n != nullptr
                                      ? args.dh_n + state_row_of(seq, slots.first + i) * args.H

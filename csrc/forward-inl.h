@@ -110,8 +110,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   int64_t rows[kChunkRows];
   const scalar* previous[kBlockSlots];
   scalar* current[kBlockSlots];
-  TileArgs<scalar> product = {
-      .a = previous, .K = args.H, .init = current, .out = current, .activation = activation};
+  TileArgs<scalar> product = {.a = previous, .K = args.H, .init = current, .out = current};
+  product.a_step = product.init_step = product.out_step =
+      (args.reverse ? -seq.B : seq.B) * args.ldy;
+  const int64_t rows_running = rows_of_running_tile(panels);
+  bool backwards = false;  // through the panels: those that were read last are still in the cache
   while (walk.next()) {
     if (projected == 0) {
       int64_t count = 0;
@@ -123,7 +126,6 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       }
       project(args, space, mine, rows, count);
     }
-    --projected;
 
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     int64_t active = walk.running;
@@ -140,10 +142,19 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
         previous[i] = args.h0 + state_row_of(seq, slots.first + i) * args.H;
       }
     }
-    for (int64_t p = mine.first; p < mine.last; ++p) {
-      multiply_rows<Finish::kActivate>(product, active, panels, p,
-                                       space.recurrent + panels.first_column(p) * args.H);
+    product.steps = 1;
+    if (walk.continuing == walk.running && walk.running <= rows_running) {
+      const int64_t steady = walk.steady();
+      product.steps = steady < projected ? steady : projected;
+      walk.run(product.steps);
     }
+    projected -= product.steps;
+    for (int64_t i = mine.first; i < mine.last; ++i) {
+      const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
+      multiply_rows<Finish::kActivate, activation>(
+          product, active, panels, p, space.recurrent + panels.first_column(p) * args.H);
+    }
+    backwards = !backwards;
     if (active < walk.running) {  // sequences that start from zeros
       activate_rows<activation>(current + active, walk.running - active, first, last);
     }

@@ -49,6 +49,15 @@ class StepWalk {
     return true;
   }
 
+  // How many steps, from this one on, run the same slots in rows equally far apart.
+  int64_t steady() const {
+    if (seq_.step_row != nullptr) return 1;
+    if (down_) return t + 1 - (end_ < last_ ? length_of(seq_, end_) : 0);
+    return length_of(seq_, end_ - 1) - t;
+  }
+  // Passes over all but the last of n steady steps.
+  void run(int64_t n) { t += down_ ? 1 - n : n - 1; }
+
   int64_t t;
   int64_t running = 0;
   int64_t continuing = 0;

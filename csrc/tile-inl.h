@@ -1,8 +1,8 @@
 // The register tile, and the packing of its operands. Every product of the package runs through it.
 //
-// Bits: each element of a product is one chain of multiply-adds over k (or kChains of them, by the
-// width of its panel), whatever rows stand beside it and whoever computes it. So results do not
-// depend on the batch around a sequence, on tile heights, or on the number of threads.
+// Bits: each element of a product is one chain of multiply-adds over k (or several of them, by the
+// width of the whole product), whatever rows stand beside it and whoever computes it. So results do
+// not depend on the batch around a sequence, on tile heights, or on the number of threads.
 
 // Columns of a product, cut into panels of at most kTileVectors vectors, as even as possible.
 template <typename scalar>
@@ -34,12 +34,19 @@ struct Panels {
   int64_t wide_;    // panels that are one vector wider; they come first
 };
 
-// Multiply-add chains per element: enough to hide the latency of a narrow panel.
-constexpr int chains(int width) { return kTileVectors / width < 1 ? 1 : kTileVectors / width; }
+// Multiply-add chains per element. A step of the recurrence waits for the one before it; where one
+// narrow panel holds all columns there is little work to hide the latency of a chain behind, so
+// each element gets several, as many as stay in registers. Elsewhere a tile's rows are chains
+// enough.
+constexpr int chains_of_lone_panel(int width) {
+  return width == 1 ? kTileVectors : width == 2 ? kTileVectors / 2 : 1;
+}
 
-// Panel rows between a prefetch and its use; measured at 1 to 4 rows on Zen 4 (B=2, H=128: 1.02 ->
-// 0.93 us a step). A prefetch beyond the panel is harmless.
-constexpr int64_t kPrefetchDistance = 16;
+// Rows of a tile that may run step after step: few, as the constants of the activation share the
+// registers with the sums. More rows hide the cost of a call.
+constexpr int rows_of_running_tile(int width) {
+  return kTileRows * kTileVectors / 2 / (width * chains_of_lone_panel(width));
+}
 
 // What becomes of the product of a tile.
 enum class Finish {
@@ -50,7 +57,8 @@ enum class Finish {
 };
 
 // Operands of a tile. init, out and y point at whole rows; the panel's `columns` columns start at
-// `column`.
+// `column`. A tile that holds whole rows may run several steps, its output being the next one's
+// input: then the rows of each step lie *_step scalars behind those of the one before.
 template <typename scalar>
 struct TileArgs {
   const scalar* const* a = nullptr;  // rows of K scalars; for kAdd a[0] is packed [K][height]
@@ -61,7 +69,8 @@ struct TileArgs {
   const scalar* const* y = nullptr;  // kBackward only
   int64_t column = 0;
   int64_t columns = 0;
-  Activation activation = Activation::kTanh;
+  int64_t steps = 1;
+  int64_t a_step = 0, init_step = 0, out_step = 0, y_step = 0;
 };
 
 template <Finish finish, Activation activation, typename scalar>
@@ -73,140 +82,114 @@ ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lan
   return sum;
 }
 
-// Applies the activation to the sums of a tile and stores them.
-template <Finish finish, Activation activation, typename scalar, int R, int P>
-ALWAYS_INLINE void finish_tile(const TileArgs<scalar>& args, const Vec<scalar> (&sum)[R * P],
-                               int64_t first_row, int64_t last_lanes) {
-  constexpr int L = kLanes<scalar>;
-  const auto one = [&](int r, int p) __attribute__((always_inline)) {
-    const int64_t at = args.column + p * L;
-    const int64_t lanes = p < P - 1 ? L : last_lanes;
-    const scalar* y = finish == Finish::kBackward ? args.y[first_row + r] + at : nullptr;
-    store_lanes(args.out[first_row + r] + at,
-                finished<finish, activation, scalar>(sum[r * P + p], y, lanes), lanes);
-  };
-  if constexpr (R * P <= 4 || finish == Finish::kStore) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) one(r, p);
-    }
-  } else {  // a loop, lest the code outgrow the instruction cache
-#pragma GCC unroll 1
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) one(r, p);
-    }
-  }
-}
-
-// The product of R rows, from first_row on, with a panel of P vectors.
-template <typename scalar, int R, int P, Finish finish>
+// The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
+// panel is the only one.
+template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P, int C>
 __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
   constexpr int L = kLanes<scalar>;
-  constexpr int C = chains(P);
-  Vec<scalar> sum[C][R][P];
-  const int64_t last_lanes = args.columns - (P - 1) * L;
-
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[c][r][p] = Vec<scalar>{};
-      if constexpr (finish != Finish::kAdd) {
-        const scalar* init = args.init[first_row + r] + args.column + p * L;
-        sum[0][r][p] = load_lanes(init, p < P - 1 ? L : last_lanes);
-      }
-    }
-  }
-
-  const scalar* row[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    row[r] = finish == Finish::kAdd ? args.a[0] + r : args.a[first_row + r];
-  }
   constexpr int64_t kStep = finish == Finish::kAdd ? R : 1;
-  const scalar* panel = args.panel;
+  const int64_t last_lanes = args.columns - (P - 1) * L;
+  const auto lanes = [&](int p)
+                         __attribute__((always_inline)) { return p < P - 1 ? L : last_lanes; };
   const int64_t K = args.K;
 
-  const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
-    Vec<scalar> b[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      b[p] = load(panel + (k * P + p) * L);
-      // Few rows do little work per panel row, and the panel comes from L2: ask for it early.
-      if constexpr (R <= 4 && finish != Finish::kAdd) {
-        __builtin_prefetch(panel + ((k + kPrefetchDistance) * P + p) * L);
-      }
-    }
+  const int64_t steps = lone && R <= rows_of_running_tile(P) ? args.steps : 1;
+  for (int64_t s = 0; s < steps; ++s) {
+    const scalar* row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<scalar> s = broadcast(row[r][k * kStep]);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sum[c][r][p] = multiply_add(s, b[p], sum[c][r][p]);
+      row[r] = finish == Finish::kAdd ? args.a[0] + r : args.a[first_row + r] + s * args.a_step;
     }
-  };
-  int64_t k = 0;
-  for (; k + C <= K; k += C) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) step(c, k + c);
-  }
-  if constexpr (C > 1) {
-    for (; k < K; ++k) step(0, k);
-  }
+    const auto out = [&](int r, int p) __attribute__((always_inline)) {
+      return args.out[first_row + r] + s * args.out_step + args.column + p * L;
+    };
 
-  Vec<scalar> total[R * P];
+    // Chain c sums k = c, c + C, ...; the first one what is left.
+    Vec<scalar> sum[C][R * P];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sum[c][r * P + p] = Vec<scalar>{};
+        if constexpr (finish != Finish::kAdd) {
+          const scalar* init = args.init[first_row + r] + s * args.init_step + args.column + p * L;
+          sum[0][r * P + p] = load_lanes(init, lanes(p));
+        }
+      }
+    }
+    const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
+      Vec<scalar> b[P];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) b[p] = load(args.panel + (k * P + p) * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<scalar> a = broadcast(row[r][k * kStep]);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + C <= K; k += C) {
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) step(c, k + c);
+    }
+    if constexpr (C > 1) {
+      for (; k < K; ++k) step(0, k);
+    }
+
+#pragma GCC unroll 32
+    for (int i = 0; i < R * P; ++i) {
 #pragma GCC unroll 8
       for (int half = C / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
-        for (int c = 0; c < half; ++c) sum[c][r][p] += sum[c + half][r][p];
+        for (int c = 0; c < half; ++c) sum[c][i] += sum[c + half][i];
       }
       if constexpr (finish == Finish::kAdd) {
-        const int64_t lanes = p < P - 1 ? L : last_lanes;
-        sum[0][r][p] += load_lanes(args.out[first_row + r] + args.column + p * L, lanes);
+        sum[0][i] += load_lanes(out(i / P, i % P), lanes(i % P));
       }
-      total[r * P + p] = sum[0][r][p];
     }
-  }
 
-  if constexpr (finish == Finish::kActivate || finish == Finish::kBackward) {
-    switch (args.activation) {
-      case Activation::kTanh:
-        return finish_tile<finish, Activation::kTanh, scalar, R, P>(args, total, first_row,
-                                                                    last_lanes);
-      case Activation::kRelu:
-        return finish_tile<finish, Activation::kRelu, scalar, R, P>(args, total, first_row,
-                                                                    last_lanes);
-      case Activation::kSigmoid:
-        return finish_tile<finish, Activation::kSigmoid, scalar, R, P>(args, total, first_row,
-                                                                       last_lanes);
+    const auto finish_row = [&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const scalar* y = finish == Finish::kBackward
+                              ? args.y[first_row + r] + s * args.y_step + args.column + p * L
+                              : nullptr;
+        store_lanes(out(r, p), finished<finish, activation, scalar>(sum[0][r * P + p], y, lanes(p)),
+                    lanes(p));
+      }
+    };
+    if constexpr (R * P <= 4 || finish == Finish::kStore || finish == Finish::kAdd) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) finish_row(r);
+    } else {  // a loop, lest the code outgrow the instruction cache
+#pragma GCC unroll 1
+      for (int r = 0; r < R; ++r) finish_row(r);
     }
-  } else {
-    finish_tile<Finish::kStore, Activation::kRelu, scalar, R, P>(args, total, first_row,
-                                                                 last_lanes);
   }
 }
 
 template <typename scalar>
 using Tile = void (*)(const TileArgs<scalar>&, int64_t first_row);
 
-template <typename scalar, Finish finish, int R, int P>
+template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P>
 constexpr Tile<scalar> tile_or_null() {
-  if constexpr (R <= kTileRows && P <= kTileVectors) return tile<scalar, R, P, finish>;
+  if constexpr (P <= kTileVectors) {
+    constexpr int C = lone ? chains_of_lone_panel(P) : 1;
+    if constexpr (R <= kTileRows) return tile<scalar, finish, activation, lone, R, P, C>;
+  }
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename scalar, Finish finish>
+template <typename scalar, Finish finish, Activation activation, bool lone>
 constexpr Tile<scalar> kTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                                                  \
-  {tile_or_null<scalar, finish, R, 1>(), tile_or_null<scalar, finish, R, 2>(), \
-   tile_or_null<scalar, finish, R, 3>(), tile_or_null<scalar, finish, R, 4>()}
+#define CHARRNN_FAST_TILES(R)                              \
+  {tile_or_null<scalar, finish, activation, lone, R, 1>(), \
+   tile_or_null<scalar, finish, activation, lone, R, 2>(), \
+   tile_or_null<scalar, finish, activation, lone, R, 3>(), \
+   tile_or_null<scalar, finish, activation, lone, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
@@ -219,17 +202,27 @@ inline int64_t tile_height(int64_t rows) {
   return rows >= 2 * kTileRows ? kTileRows : (rows + 1) / 2;
 }
 
+// Rows that one tile of the recurrence takes when it can run step after step; 0 when it cannot.
+template <typename scalar>
+int64_t rows_of_running_tile(const Panels<scalar>& panels) {
+  return panels.count == 1 ? rows_of_running_tile(panels.width(0)) : 0;
+}
+
 // The product of any number of rows with one panel. Call with args.panel, column and columns unset.
-template <Finish finish, typename scalar>
+template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
 void multiply_rows(TileArgs<scalar> args, int64_t rows, const Panels<scalar>& panels, int64_t panel,
                    const scalar* packed) {
+  constexpr bool kRecurrence = finish == Finish::kActivate || finish == Finish::kBackward;
   args.panel = packed;
   args.column = panels.first_column(panel);
   args.columns = panels.used_columns(panel);
   const int width = panels.width(panel);
+  const bool lone = kRecurrence && panels.count == 1;
+  const auto& tiles = lone ? kTiles<scalar, finish, activation, kRecurrence>
+                           : kTiles<scalar, finish, activation, false>;
   for (int64_t first = 0; first < rows;) {
     const int64_t height = tile_height(rows - first);
-    kTiles<scalar, finish>[height - 1][width - 1](args, first);
+    tiles[height - 1][width - 1](args, first);
     first += height;
   }
 }
@@ -245,16 +238,13 @@ void add_product(int64_t rows, const scalar* packed_a, const Panels<scalar>& pan
     const scalar* a = packed_a + first * K;
     scalar* target[kTileRows];
     for (int64_t r = 0; r < height; ++r) target[r] = out + (first + r) * panels.columns;
-    const TileArgs<scalar> args = {&a,
-                                   packed,
-                                   K,
-                                   nullptr,
-                                   target,
-                                   nullptr,
-                                   panels.first_column(panel),
-                                   panels.used_columns(panel),
-                                   Activation::kTanh};
-    kTiles<scalar, Finish::kAdd>[height - 1][width - 1](args, 0);
+    const TileArgs<scalar> args = {.a = &a,
+                                   .panel = packed,
+                                   .K = K,
+                                   .out = target,
+                                   .column = panels.first_column(panel),
+                                   .columns = panels.used_columns(panel)};
+    kTiles<scalar, Finish::kAdd, Activation::kRelu, false>[height - 1][width - 1](args, 0);
     first += height;
   }
 }
