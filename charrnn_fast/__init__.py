@@ -2,8 +2,11 @@
 
 __version__ = "0.1.0"
 
+from charrnn_fast.cell import RNNCell
+from charrnn_fast.explanation import Explanation, explain
 from charrnn_fast.ops import available_isas, build_info, current_isa, use_isa
-from charrnn_fast.rnn import RNN, Explanation, Replacement, RNNCell, explain, replace_rnn
+from charrnn_fast.replacement import Replacement, replace_rnn
+from charrnn_fast.rnn import RNN
 
 __all__ = [
     "RNN",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from charrnn_fast._extension import _C
 
@@ -154,6 +156,59 @@ torch.library.register_fake("charrnn_fast::rnn_layer", _rnn_layer_fake)
 torch.library.register_fake("charrnn_fast::rnn_layer_backward", _rnn_layer_backward_fake)
 
 
+# For torch.utils.flop_counter: the products that it counts for nn.RNN.
+
+
+def _products(input: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[int, int]:
+    """Operations of x W_ih', and of y W_hh' for all steps, in every direction."""
+    H, I = weights[0].shape
+    directions = len(weights) // (4 if has_biases else 2)
+    if input.dtype == torch.int64:  # ids pick columns, and multiply nothing
+        return 0, 2 * directions * input.numel() * H * H
+    rows = input.numel() // I
+    return 2 * directions * rows * I * H, 2 * directions * rows * H * H
+
+
+def _rnn_layer_flops(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+    **_: Any,
+) -> int:
+    return sum(_products(input, weights, has_biases))
+
+
+def _rnn_layer_backward_flops(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    has_biases: bool,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    projection, recurrence = _products(input, weights, has_biases)
+    # The step before the first is hx's own.
+    B = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    last = 0 if needs[1] else 2 * B * y.shape[-1] * weights[0].shape[0]
+    return projection * (needs[0] + needs[2]) + recurrence * (1 + needs[3]) - last
+
+
+register_flop_formula(torch.ops.charrnn_fast.rnn_layer, get_raw=True)(_rnn_layer_flops)
+register_flop_formula(torch.ops.charrnn_fast.rnn_layer_backward, get_raw=True)(
+    _rnn_layer_backward_flops
+)
+
+
 def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
@@ -172,6 +227,33 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     float16, and bfloat16 where the ISA has no products of it, are converted to float32 and back.
     """
     return _C.computed_in(dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernels divide one layer among threads.
+
+    Attributes:
+        threads: how many work at the same time.
+        split: ``'batch'``, each runs all steps of its own sequences, or ``'hidden'``, each owns a
+            range of hidden units; None where each direction has one thread.
+        at_once: both directions run at the same time.
+    """
+
+    threads: int
+    split: str | None
+    at_once: bool
+
+    def __str__(self) -> str:
+        text = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        text += f", split by {self.split}" if self.split else ""
+        return text + (", both directions at once" if self.at_once else "")
+
+
+def plan(T: int, B: int, rows: int, I: int, H: int, directions: int, *, backward: bool) -> Plan:
+    """The plan of the kernels for one layer of these sizes, by the function that they ask."""
+    threads, split, at_once = _C.plan(T, B, rows, I, H, directions, backward)
+    return Plan(threads, split if threads > (2 if at_once else 1) else None, at_once)
 
 
 def counters() -> dict[str, int]:

@@ -51,6 +51,13 @@ std::vector<Direction> directions(at::TensorList weights, bool has_biases) {
   return result;
 }
 
+// [..., X] -> [rows, X]. Not at::flatten: the vmap behind is_grads_batched has no rule for it.
+Tensor as_rows(const Tensor& tensor) {
+  c10::SymInt rows = 1;
+  for (const c10::SymInt& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) rows *= size;
+  return tensor.reshape_symint({rows, tensor.sym_size(-1)});
+}
+
 // Where rows lie: how many steps, and for packed or ragged input which rows are real.
 struct Rows {
   int64_t T = 0;
@@ -64,12 +71,12 @@ struct Rows {
   // [N, X] or [T, B, X] -> [T, B, X]
   Tensor padded(const Tensor& rows) const {
     if (!packed) return rows;
-    return rows.index_select(0, pad).unflatten(0, {T, B});
+    return rows.index_select(0, pad).view_symint({T, B, rows.sym_size(-1)});
   }
   // [T, B, X] -> [N, X] or [T, B, X]
   Tensor unpadded(const Tensor& rows) const {
     if (!packed) return rows;
-    return rows.flatten(0, 1).index_select(0, unpad);
+    return as_rows(rows).index_select(0, unpad);
   }
 };
 
@@ -195,7 +202,7 @@ std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Ten
       const int64_t t = d.reverse ? i : rows.T - 1 - i;
       const Tensor dh_t = dy_t.empty() ? dh : dy_t[t] + dh;
       deltas[t] = activate_backward(dh_t, y_t[t], activation);
-      Tensor before = at::matmul(deltas[t], d.W_hh);
+      Tensor before = at::matmul(deltas[t], d.W_hh.conj());
       if (rows.valid.defined()) {
         const Tensor valid = rows.valid.select(0, t);
         deltas[t] = at::where(valid, deltas[t], at::zeros_like(deltas[t]));
@@ -208,17 +215,17 @@ std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Ten
     const Tensor delta_rows = rows.unpadded(delta);
 
     if (needs[0]) {
-      const Tensor part = at::matmul(delta_rows, d.W_ih);
+      const Tensor part = at::matmul(delta_rows, d.W_ih.conj());
       dx = dx.defined() ? dx + part : part;
     }
     const size_t first = 2 + index * per_direction;
-    const Tensor flat = delta_rows.flatten(0, -2);
+    const Tensor flat = as_rows(delta_rows);
     if (needs[first]) {
       if (tokens) {
         const Tensor zeros = at::zeros_like(d.W_ih).t();
-        grads[first] = zeros.index_add(0, input.flatten(), flat).t();
+        grads[first] = zeros.index_add(0, input.reshape(-1), flat).t();
       } else {
-        grads[first] = at::matmul(flat.t(), input.flatten(0, -2));
+        grads[first] = at::matmul(flat.t(), as_rows(input).conj());
       }
     }
     if (needs[first + 1]) {
@@ -226,7 +233,7 @@ std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Ten
       Tensor prev = d.reverse ? at::cat({y_d.slice(0, 1), h0}) : at::cat({h0, y_d.slice(0, 0, -1)});
       // A shorter sequence starts, in reverse, at its own last step.
       if (d.reverse && rows.valid.defined()) prev = at::where(rows.last, h0, prev);
-      grads[first + 1] = at::matmul(delta.flatten(0, 1).t(), prev.flatten(0, 1));
+      grads[first + 1] = at::matmul(as_rows(delta).t(), as_rows(prev).conj());
     }
     if (has_biases && (needs[first + 2] || needs[first + 3])) {
       const Tensor db = flat.sum(0);

@@ -19,10 +19,10 @@ namespace py = pybind11;
 // Interned once, so that a look-up in a module's __dict__ compares pointers.
 struct Names {
   // clang-format off: it never comes to rest here
-#define CHARRNN_FAST_NAMES(_)                                                                \
-  _(_parameters) _(_flat_weights_names) _(mode) _(bias) _(num_layers) _(dropout) _(training) \
-  _(bidirectional) _(batch_first) _(input_size) _(hidden_size) _(nonlinearity)               \
-  _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)
+#define CHARRNN_FAST_NAMES(_)                                                            \
+  _(_parameters) _(_flat_weights) _(_flat_weights_names) _(mode) _(bias) _(num_layers)   \
+  _(dropout) _(training) _(bidirectional) _(batch_first) _(input_size) _(hidden_size)    \
+  _(nonlinearity) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)
 // clang-format on
 #define CHARRNN_FAST_DECLARE(name) PyObject* name = PyUnicode_InternFromString(#name);
   CHARRNN_FAST_NAMES(CHARRNN_FAST_DECLARE)
@@ -72,10 +72,11 @@ class Attributes {
     return data == nullptr ? fail<std::string_view>() : std::string_view(data, size);
   }
   // A parameter that is registered, and not hidden by an attribute of its name. Parametrized,
-  // pruned and otherwise replaced weights are not found here.
-  const at::Tensor* parameter(PyObject* name) {
+  // pruned and otherwise replaced weights are not found here, nor any other than `expected`.
+  const at::Tensor* parameter(PyObject* name, PyObject* expected = nullptr) {
     PyObject* value = failed ? nullptr : PyDict_GetItemWithError(parameters_, name);
-    if (value == nullptr || !THPVariable_CheckExact(value) || PyDict_Contains(dict_, name) != 0) {
+    if (value == nullptr || (expected != nullptr && value != expected) ||
+        !THPVariable_CheckExact(value) || PyDict_Contains(dict_, name) != 0) {
       return fail<const at::Tensor*>();
     }
     return &THPVariable_Unpack(value);
@@ -122,6 +123,7 @@ PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   const Names& name = names();
   Attributes module(args[0]);
   PyObject* weight_names = module.get(name._flat_weights_names);
+  PyObject* flat_weights = module.get(name._flat_weights);
   const std::string_view mode = module.text(name.mode);
   const bool bias = module.flag(name.bias);
   const int64_t num_layers = module.integer(name.num_layers);
@@ -131,12 +133,17 @@ PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   const bool batch_first = module.flag(name.batch_first);
   const int64_t input_size = module.integer(name.input_size);
   const int64_t hidden_size = module.integer(name.hidden_size);
-  if (module.failed || !PyList_CheckExact(weight_names)) return none();
+  if (module.failed || !PyList_CheckExact(weight_names) || !PyList_CheckExact(flat_weights) ||
+      PyList_GET_SIZE(weight_names) != PyList_GET_SIZE(flat_weights)) {
+    return none();
+  }
   std::vector<at::Tensor> weights;
   const Py_ssize_t n = PyList_GET_SIZE(weight_names);
   weights.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    const at::Tensor* weight = module.parameter(PyList_GET_ITEM(weight_names, i));
+    // What nn.RNN would use is the flat list; where they differ, the long way sorts it out.
+    const at::Tensor* weight =
+        module.parameter(PyList_GET_ITEM(weight_names, i), PyList_GET_ITEM(flat_weights, i));
     if (weight == nullptr) return none();
     weights.push_back(*weight);
   }
@@ -275,9 +282,9 @@ void use_isa(const std::string& name) {
 }
 
 // (threads, "batch" or "hidden", whether both directions run at once) of one layer of these sizes.
-py::tuple plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t D, int64_t rows, bool backward) {
+py::tuple plan(int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t D, bool backward) {
   Layer layer{};
-  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.D = D, layer.N = rows;
+  layer.T = T, layer.B = B, layer.N = rows, layer.I = I, layer.H = H, layer.D = D;
   const Plan plan = backward ? plan_backward(layer) : plan_forward(layer);
   return py::make_tuple(plan.members * (plan.at_once ? 2 : 1),
                         plan.split == Split::kBatch ? "batch" : "hidden", plan.at_once);

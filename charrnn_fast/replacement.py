@@ -1,0 +1,80 @@
+"""``replace_rnn``: the recurrent modules of a model become ours, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from charrnn_fast.cell import RNNCell
+from charrnn_fast.rnn import RNN
+
+_SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
+
+
+@dataclass
+class Replacement:
+    """What :func:`replace_rnn` did.
+
+    Attributes:
+        changed: names of the modules that were swapped.
+        left: names of the recurrent modules that were not, each with the reason.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    _modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Gives every swapped module its old class back."""
+        for module, before in self._modules:
+            module.__class__ = before
+        self._modules.clear()
+
+    def __str__(self) -> str:
+        lines = [f"changed {name or '(the model itself)'}" for name in self.changed]
+        lines += [f"left {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines) or "no recurrent module found"
+
+
+def replace_rnn(model: nn.Module) -> Replacement:
+    """Makes every ``nn.RNN`` and ``nn.RNNCell`` in a model ours, in place.
+
+    The module objects stay the same: only their class changes, as ours hold the same attributes.
+    Parameters, buffers, hooks, the training flag, devices, and all references from optimizers and
+    other modules are untouched.
+
+    Returns:
+        What was changed, what was left and why, and an ``undo()``.
+    """
+    report = Replacement()
+    for name, module in _recurrent_modules(model):
+        target = _SWAPS.get(type(module))
+        if target is not None:
+            report._modules.append((module, type(module)))
+            module.__class__ = target
+            report.changed.append(name)
+        elif isinstance(module, (RNN, RNNCell)):
+            report.left[name] = "it is charrnn_fast's already"
+        elif isinstance(module, (nn.RNN, nn.RNNCell)):
+            kind = type(module)
+            report.left[name] = f"{kind.__module__}.{kind.__qualname__} is a subclass of its own"
+        elif isinstance(module, torch.jit.ScriptModule):
+            report.left[name] = "it is compiled by TorchScript"
+        else:
+            report.left[name] = f"{type(module).__name__} is not an Elman network"
+    if not report.changed and not report.left:
+        warnings.warn("replace_rnn found no recurrent module in the model", stacklevel=2)
+    return report
+
+
+def _recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        scripted = getattr(module, "original_name", "") in ("RNN", "RNNCell", "LSTM", "GRU")
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or (
+            isinstance(module, torch.jit.ScriptModule) and scripted
+        ):
+            yield name, module
