@@ -51,7 +51,8 @@ class Explanation:
         if self.fused:
             lines.append(f"isa: {self.isa}")
         if self.products is not None:
-            lines.append(f"products: {self.products}, summed in float32")
+            name = str(self.products).removeprefix("torch.")
+            lines.append(f"products: of {name}, summed in float32")
         for layer, (forward, backward) in enumerate(zip(self.forward, self.backward, strict=True)):
             lines.append(f"layer {layer}: forward {forward}; backward {backward}")
         return "\n".join(lines)
