@@ -47,6 +47,9 @@ void check_batch_sizes(const at::Tensor& batch_sizes, Layer* layer) {
   for (int64_t t = 0; t < layer->T; ++t) {
     TORCH_CHECK(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]),
                 "batch_sizes must be positive and never rise, got ", size[t], " at step ", t);
+    // Compared before it is added: sizes near 2^63 would wrap around to a sum that fits.
+    TORCH_CHECK(size[t] <= layer->N - rows, "batch_sizes add up to more rows than input has, ",
+                layer->N, ", at step ", t);
     rows += size[t];
   }
   TORCH_CHECK(rows == layer->N, "batch_sizes add up to ", rows, " rows, but input has ", layer->N);

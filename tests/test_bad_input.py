@@ -172,6 +172,7 @@ ODD_LISTS: dict[str, Any] = {
     "too many": longs(3, 3, 3, 3, 3),
     "wrong sum": longs(3, 3, 3, 2),
     "overflowing": longs(2**62, 2**62, 2**62, 2**62 + 12),
+    "falling and overflowing to the right sum": longs(2**62 + 12, 2**62, 2**62, 2**62),
     "smallest": longs(-(2**63), 3, 3, 3),
     "empty": longs(),
     "scalar": torch.tensor(12),
