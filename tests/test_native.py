@@ -1,6 +1,7 @@
 """The kernels as they are in the extension, run without torch between inaccessible pages."""
 
 import shutil
+import signal
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -20,14 +21,28 @@ def objects() -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not objects(), reason="not run from the source tree that was built")
-def test_kernels_keep_to_their_buffers(tmp_path: Path) -> None:
-    """Every ISA of this CPU: right results, same bits for every team, nothing out of bounds."""
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/native/driver.cpp, linked with the kernels."""
+    if not objects():
+        pytest.skip("not run from the source tree that was built")
     compiler = next(filter(shutil.which, ("c++", "g++", "clang++")))
-    driver = tmp_path / "driver"
+    output = tmp_path_factory.mktemp("native") / "driver"
     source = str(ROOT / "tests" / "native" / "driver.cpp")
     command = [compiler, "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", source, *objects(), "-pthread"]
-    subprocess.run([*command, "-o", str(driver)], check=True)
+    subprocess.run([*command, "-o", str(output)], check=True)
+    return output
+
+
+def test_kernels_keep_to_their_buffers(driver: Path) -> None:
+    """Every ISA of this CPU: right results, same bits for every team, nothing out of bounds."""
     done = subprocess.run([str(driver), "150", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "150 cases" in done.stdout
+
+
+def test_the_driver_notices_a_read_past_a_buffer(driver: Path) -> None:
+    """One byte past the end of each kind of buffer is a fault: it would be seen above."""
+    for buffer in range(11):
+        done = subprocess.run([str(driver), "overrun", str(buffer)], capture_output=True)
+        assert done.returncode == (-signal.SIGSEGV if buffer < 10 else 2), buffer

@@ -2,8 +2,13 @@
 //   - no access outside a buffer: every buffer ends at an inaccessible page, or begins after one;
 //   - the formula, written naively in double below;
 //   - the same bits for every team and split, and for a sequence alone as among others;
-//   - nothing written that is not theirs: gaps between rows, rows outside every sequence.
+//   - nothing written that is not theirs: gaps between rows, rows outside every sequence;
+//   - indices of 64 bits: some rows lie gigabytes apart;
+//   - the modes of floating-point arithmetic as they were, and no invalid operation from sound
+//   input.
 // Usage: driver [cases] [seed] [isa ...]
+//        driver overrun N: reads one byte past buffer N, and must die of it (N past the last: 2)
+#include <fenv.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -21,6 +26,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "rnn.h"
 
 using namespace charrnn_fast;
@@ -29,6 +38,7 @@ namespace {
 
 std::mt19937_64 generator;
 std::string current;  // what is being run, for messages
+int overrun = -1;     // the buffer to read past, to see that it is noticed
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n  in %s\n", what.c_str(), current.c_str());
@@ -46,8 +56,8 @@ class Guarded {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t body = (bytes + page - 1) / page * page + page;
     size_ = body + 2 * page;
-    base_ = static_cast<char*>(
-        mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base_ == MAP_FAILED) fail("mmap");
     mprotect(base_, page, PROT_NONE);
     mprotect(base_ + page + body, page, PROT_NONE);
@@ -65,7 +75,8 @@ class Guarded {
   size_t size_;
 };
 
-// `rows` rows of `width` elements, ld apart; the last row ends where the buffer ends.
+// `rows` rows of `width` elements, ld apart; the last row ends where the buffer ends. Of gaps
+// longer than a page only the beginning is filled and looked at.
 template <typename T>
 struct Array {
   Array(int64_t rows, int64_t width, int64_t ld, bool at_end)
@@ -76,7 +87,14 @@ struct Array {
         memory(static_cast<size_t>(size) * sizeof(T), at_end),
         data(reinterpret_cast<T*>(memory.data)) {}
   T& at(int64_t row, int64_t column) { return data[row * ld + column]; }
-  void fill(T value) { std::fill(data, data + size, value); }
+  // Elements of a row, and of the gap after it, to fill and look at.
+  int64_t columns(int64_t row) const {
+    return row == rows - 1 ? width : std::min<int64_t>(ld, width + 1024);
+  }
+  void fill(T value) {
+    for (int64_t row = 0; row < rows; ++row) std::fill_n(&at(row, 0), columns(row), value);
+  }
+  const char* end() const { return reinterpret_cast<const char*>(data + size); }
 
   int64_t rows, width, ld, size;
   Guarded memory;
@@ -85,7 +103,7 @@ struct Array {
 
 template <typename T>
 std::unique_ptr<Array<T>> array(int64_t rows, int64_t width, int64_t gap = 0) {
-  return std::make_unique<Array<T>>(rows, width, width + gap, below(4) != 0);
+  return std::make_unique<Array<T>>(rows, width, width + gap, overrun >= 0 || below(4) != 0);
 }
 
 template <typename T>
@@ -105,9 +123,29 @@ T* pointer(const std::unique_ptr<Array<T>>& a) {
 
 void wait_at(void* state) { pthread_barrier_wait(static_cast<pthread_barrier_t*>(state)); }
 
+// What a call may not change: rounding, flushing of denormals, which exceptions trap.
+unsigned modes() {
+#if defined(__x86_64__)
+  return _mm_getcsr() & ~0x3fu;
+#else
+  return static_cast<unsigned>(fegetround());
+#endif
+}
+
+template <typename Call>
+void run_alone(const Call& call) {
+  const unsigned before = modes();
+  feclearexcept(FE_ALL_EXCEPT);
+  call(Team{0, 1, nullptr, nullptr});
+  if (modes() != before) fail("the modes of floating-point arithmetic were changed");
+  if (fetestexcept(FE_INVALID | FE_DIVBYZERO | FE_OVERFLOW)) {
+    fail("a floating-point exception was raised by sound input");
+  }
+}
+
 template <typename Call>
 void run_team(int size, const Call& call) {
-  if (size == 1) return call(Team{0, 1, nullptr, nullptr});
+  if (size == 1) return run_alone(call);
   pthread_barrier_t barrier;
   pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(size));
   std::vector<std::thread> members;
@@ -161,6 +199,12 @@ struct Problem {
 
 int64_t random_size(int64_t small, int64_t large) { return 1 + below(below(8) ? small : large); }
 
+// Between rows: mostly none or few elements, sometimes so many that 32 bits do not count them.
+int64_t random_gap(int64_t width) {
+  const int64_t kind = below(40);
+  return kind == 0 ? (int64_t{1} << 31) + below(9) : kind < 20 ? below(5) : kind < 25 ? width : 0;
+}
+
 std::unique_ptr<Array<int64_t>> copied(const std::vector<int64_t>& values) {
   auto a = array<int64_t>(1, static_cast<int64_t>(values.size()));
   std::copy(values.begin(), values.end(), a->data);
@@ -206,15 +250,15 @@ Problem<scalar> random_problem() {
     p.ids = array<int64_t>(1, p.N);
     for (int64_t i = 0; i < p.N; ++i) p.ids->data[i] = below(p.I);
   } else {
-    p.x = randoms<scalar>(p.N, p.I, 1.0, coin() ? below(5) : 0);
+    p.x = randoms<scalar>(p.N, p.I, 1.0, random_gap(p.I));
   }
   p.W_ih = randoms<scalar>(p.H, p.I, 1 / std::sqrt(static_cast<double>(p.I)));
   p.W_hh = randoms<scalar>(p.H, p.H, scale);
   if (coin()) p.b_ih = randoms<scalar>(1, p.H, 0.3);
   if (p.b_ih) p.b_hh = randoms<scalar>(1, p.H, 0.3);
   if (coin()) p.h0 = randoms<scalar>(p.B, p.H, 0.5);
-  p.y_gap = coin() ? p.H : below(4);
-  if (below(5)) p.dy = randoms<scalar>(p.N, p.H, 1.0, coin() ? p.H : 0);
+  p.y_gap = random_gap(p.H);
+  if (below(5)) p.dy = randoms<scalar>(p.N, p.H, 1.0, random_gap(p.H));
   if (coin() || !p.dy) p.dh_n = randoms<scalar>(p.B, p.H, 1.0);
   return p;
 }
@@ -228,6 +272,12 @@ template <typename scalar>
 struct Backward {
   std::unique_ptr<Array<scalar>> dx, dh0, dW_ih, dW_hh, db;
 };
+
+// Stands for a kernel that reads past the end of one buffer.
+void read_past(const std::vector<const char*>& ends) {
+  if (overrun >= static_cast<int>(ends.size())) std::exit(2);
+  std::printf("read %d\n", *static_cast<const volatile char*>(ends[overrun]));
+}
 
 template <typename scalar>
 Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p, Split split,
@@ -256,6 +306,9 @@ Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p
   Guarded workspace(kernels.forward_workspace(args, team), coin(), 64);
   args.workspace = workspace.data;
   run_team(team, [&](const Team& member) { kernels.forward(args, member); });
+  if (overrun >= 0)
+    read_past({out.y->end(), out.h_n->end(), p.W_ih->end(), p.W_hh->end(), p.x->end(), p.h0->end(),
+               p.b_ih->end(), p.b_hh->end(), p.lengths_array->end(), p.order_array->end()});
   return out;
 }
 
@@ -280,7 +333,6 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
   out.db = output(4, 1, p.H);
   auto delta = array<scalar>(p.N, p.H);
   delta->fill(nan);
-  if (p.ragged) delta->fill(0);  // rows outside every sequence must be
   BackwardArgs<scalar> args{};
   args.seq = p.sequences();
   args.I = p.I;
@@ -317,7 +369,7 @@ void expect_close(const char* name, Array<scalar>& got, const std::vector<double
   for (double value : want) largest = std::max(largest, std::isnan(value) ? 0 : std::abs(value));
   const double tolerance = (sizeof(scalar) == 4 ? 1e-4 : 1e-11) * largest;
   for (int64_t i = 0; i < got.rows; ++i) {
-    for (int64_t j = 0; j < got.ld && i * got.ld + j < got.size; ++j) {
+    for (int64_t j = 0; j < got.columns(i); ++j) {
       const double value = got.at(i, j);
       const double expected = j < got.width ? want[i * got.width + j] : NAN;  // NAN: not theirs
       if (std::isnan(expected) ? !std::isnan(value) : !(std::abs(value - expected) <= tolerance)) {
@@ -333,8 +385,11 @@ void expect_close(const char* name, Array<scalar>& got, const std::vector<double
 template <typename scalar>
 void expect_same_bits(const char* name, const std::unique_ptr<Array<scalar>>& a,
                       const std::unique_ptr<Array<scalar>>& b) {
-  if (a && std::memcmp(a->data, b->data, static_cast<size_t>(a->size) * sizeof(scalar)) != 0)
-    fail(std::string(name) + " differs in bits from the result of one thread");
+  for (int64_t i = 0; a && i < a->rows; ++i) {
+    const size_t bytes = static_cast<size_t>(a->columns(i)) * sizeof(scalar);
+    if (std::memcmp(&a->at(i, 0), &b->at(i, 0), bytes) != 0)
+      fail(std::string(name) + " differs in bits from the result of one thread");
+  }
 }
 
 // Order of the steps of a sequence.
@@ -438,6 +493,17 @@ void check_alone(const Kernels<scalar>& kernels, Problem<scalar>& p, Forward<sca
       fail("y of a sequence depends on the others in the batch");
 }
 
+// A problem with every buffer, past one of which forward() then reads.
+void run_overrun() {
+  for (;;) {
+    Problem<float> p = random_problem<float>();
+    if (p.x && p.h0 && p.b_ih && p.lengths_array && p.order_array) {
+      forward(isa().f32, p, Split::kBatch, 1);
+      return;
+    }
+  }
+}
+
 template <typename scalar>
 void run_case(const Kernels<scalar>& kernels) {
   Problem<scalar> p = random_problem<scalar>();
@@ -474,6 +540,11 @@ void run_case(const Kernels<scalar>& kernels) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "overrun") == 0) {
+    overrun = std::atoi(argv[2]);
+    run_overrun();
+    return 0;
+  }
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 200;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   for (const Isa* const* isa = isas(); *isa; ++isa) {
