@@ -17,7 +17,8 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 # The extension lies in the source tree: it belongs to the environment that built it last.
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
-.PHONY: build rebuild demo test bench lint format clean sanitize sanitize-kernels sanitize-module test-neon test-baseline bench-compare
+.PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
+  sanitize-module test-clang test-neon test-baseline test-install fuzz soak dist clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -65,6 +66,10 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Those marked slow, which `make test` leaves out: minutes, and up to 12 GB of memory.
+test-slow: $(BUILT)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[bench]'
@@ -126,19 +131,32 @@ test-baseline: $(VENV)/.installed
 	$(NATIVE) build/driver -static
 	qemu-x86_64 -cpu qemu64 build/driver $(CASES)
 
+# What concerns the bindings and the kernels; not the model, not the packaging.
+MODULE_TESTS ?= tests --ignore=tests/charlm --ignore=tests/cuda --ignore=tests/test_build.py
+# $(call built_apart,NAME,ENVIRONMENT): the package and its tests, built in build/NAME.
+built_apart = CHARRNN_FAST_VARIANT=-$1 $2 $(BIN)/python setup.py -q build --build-lib build/$1 && \
+  rm -rf build/$1/tests && cp -r tests pyproject.toml build/$1
+
 sanitize-module: $(VENV)/.installed
-	rm -rf build/sanitized
-	CHARRNN_FAST_CXXFLAGS="$(ASAN)" CHARRNN_FAST_LDFLAGS="-fsanitize=address,undefined" \
-	  $(BIN)/python setup.py -q build --build-lib build/sanitized
-	cp -r tests pyproject.toml build/sanitized
+	$(call built_apart,sanitized,CHARRNN_FAST_CXXFLAGS="$(ASAN)" CHARRNN_FAST_LDFLAGS="-fsanitize=address,undefined")
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
+
+# Another compiler, and not one warning: wants clang++ and its OpenMP (Debian, Ubuntu: libomp-dev).
+test-clang: $(VENV)/.installed
+	$(call built_apart,clang,CXX=clang++ CHARRNN_FAST_CXXFLAGS=-Werror)
+	cd build/clang && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
 
 # Random calls of RNN and nn.RNN, which must agree: make fuzz CASES=100000 SEED=1
 SEED ?= 0
 fuzz: $(BUILT)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz/differential.py $(CASES) $(SEED)
+
+# Mixed calls, refused ones among them, for MINUTES: memory stays flat.
+MINUTES ?= 10
+soak: $(BUILT)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz/soak.py $(MINUTES) $(SEED)
 
 # What one would upload: a source and a binary distribution, checked.
 dist: $(BUILT)
@@ -147,6 +165,11 @@ dist: $(BUILT)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m auditwheel show dist/*.whl
+
+# The two commands, pip's ways of installing, and what is said where something is missing, in fresh
+# clones of HEAD and fresh environments.
+test-install: $(VENV)/.installed
+	tools/test_install.sh $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info charrnn_fast/*.so charrnn_fast/_C.torch .pytest_cache .ruff_cache .mypy_cache .hypothesis .venv

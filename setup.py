@@ -4,7 +4,8 @@ Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA
 CUDA sources, or not; they are left out unless asked for, as no device has run them yet),
 CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
 CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
-sanitizer builds use them).
+sanitizer builds use them), CHARRNN_FAST_VARIANT (ends the name of the folder of objects, so that a
+build with other flags or another compiler has its own).
 """
 
 import glob
@@ -137,8 +138,8 @@ if HAVE_TORCH:
             # One folder for every way of building (in place, editable, wheel), so that they share
             # objects; another torch means another folder.
             abi = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            sanitized = "-sanitized" if EXTRA_CXX_FLAGS else ""
-            self.build_temp = os.path.join("build", f"{abi}-torch-{torch.__version__}{sanitized}")
+            variant = os.environ.get("CHARRNN_FAST_VARIANT", "")
+            self.build_temp = os.path.join("build", f"{abi}-torch-{torch.__version__}{variant}")
 
         def run(self):
             check_toolchain()

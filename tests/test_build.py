@@ -137,3 +137,42 @@ def test_versions_agree() -> None:
     changelog = ROOT / "CHANGELOG.md"
     if changelog.exists():
         assert f"## {charrnn_fast.__version__}" in changelog.read_text(encoding="utf-8")
+
+
+def preflight(path: Path, python: str = sys.executable, **environment: str) -> str:
+    """What tools/preflight.sh says with only these programs on PATH; one line, or nothing."""
+    shell = shutil.which("sh")
+    assert shell is not None
+    done = subprocess.run(
+        [shell, str(ROOT / "tools" / "preflight.sh"), python],
+        env={"PATH": str(path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bool(done.stderr) == (done.returncode == 1)
+    assert done.stderr.count("\n") <= 1
+    return done.stderr
+
+
+def program(path: Path, script: str) -> str:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_objects
+def test_what_a_build_lacks_is_one_line(tmp_path: Path) -> None:
+    """No compiler, one that is too old or without OpenMP, and an old Python or none."""
+    assert "no C++ compiler was found; install g++ 11" in preflight(tmp_path)
+    assert "named by CXX, g++-99, was not found" in preflight(tmp_path, CXX="g++-99")
+    assert "nopython was not found; install Python 3.10" in preflight(tmp_path, "nopython")
+    old = program(tmp_path / "old", '[ "$1" = -V ] && echo Python 3.9.2 && exit; exit 1')
+    assert f"{old} is Python 3.9.2" in preflight(tmp_path, old)
+    program(tmp_path / "g++", "exit 1")
+    assert "g++ does not know C++20" in preflight(tmp_path)
+    program(tmp_path / "g++", "read line; case $line in *omp.h*) exit 1; esac")
+    assert "g++ has no OpenMP" in preflight(tmp_path)
+    program(tmp_path / "g++", "exit 0")
+    assert preflight(tmp_path) == ""
