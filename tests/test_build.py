@@ -131,6 +131,37 @@ def test_few_dependencies_with_permissive_licences() -> None:
 
 
 @needs_metadata
+def test_the_lock_names_all_that_testing_and_linting_installs() -> None:
+    """Continuous integration installs known versions, of what is needed and of what that needs."""
+    lock = ROOT / "requirements" / "ci.txt"
+    if not lock.exists():
+        pytest.skip("not run from the source tree")
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    locked = {
+        plain(line.split("==")[0])
+        for line in lock.read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    }
+    # The Makefile pins torch; without an extra, metadata says what is needed at run time.
+    seen, wanted = {"torch"}, ["charrnn-fast[test]", "torch", "ruff", "mypy", "clang-format"]
+    while wanted:
+        name, _, extra = wanted.pop().partition("[")
+        for line in metadata.requires(name) or []:
+            needed, _, condition = line.partition(";")
+            needed = plain(re.split(r"[\s<>=!~;\[(]", needed, maxsplit=1)[0])
+            if "extra" in condition and f'"{extra.rstrip("]")}"' not in condition:
+                continue
+            if needed in seen or not list(metadata.Distribution.discover(name=needed)):
+                continue
+            seen.add(needed)
+            wanted.append(needed)
+    assert seen - {"torch"} <= locked
+
+
+@needs_metadata
 def test_versions_agree() -> None:
     """The package, its metadata and the changelog name one version."""
     assert metadata.version("charrnn_fast") == charrnn_fast.__version__
