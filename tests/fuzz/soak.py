@@ -120,7 +120,7 @@ Solved = list[tuple[differential.Problem, differential.Results]]
 def one_round(rng: random.Random, solved: Solved, errors: list[Callable[[], Any]]) -> int:
     """All problems and errors once; returns the number of calls."""
     for index, (problem, want) in enumerate(solved):
-        dtype = rng.choice([torch.float32, torch.float64])
+        dtype = rng.choice(problem.dtypes)
         module = charrnn_fast.RNN(problem.width, dtype=dtype, **problem.options)
         torch.set_num_threads(rng.choice([1, 1, 2, 3]))
         with charrnn_fast.use_isa(rng.choice(charrnn_fast.available_isas())):
