@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from math import exp
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -21,6 +23,10 @@ examples:
   charrnn-fast train my.txt --out-dir runs/mine     learn from a file of yours
   charrnn-fast train --resume runs/mine             go on after Ctrl-C or a crash
   charrnn-fast sample runs/mine --start "Once" --temperature 0.8
+  charrnn-fast eval runs/mine other.txt             how well it predicts a text
+  charrnn-fast report runs/mine                     curves, samples and surprises in one page
+  charrnn-fast export runs/mine                     an ONNX model that steps through a text
+  charrnn-fast bench --hidden-size 512              how fast, beside torch.nn.RNN
 """
 TRAIN_EXAMPLES = """\
 examples:
@@ -39,6 +45,30 @@ examples:
   charrnn-fast sample out --temperature 0.7 --top-k 10 --seed 1   less wild, and the same again
   charrnn-fast sample out --greedy --stop "."                     the best guess, one sentence
   charrnn-fast sample out --start FILE:prompt.txt --num-samples 3 -o samples.txt
+"""
+EVAL_EXAMPLES = """\
+examples:
+  charrnn-fast eval out                          what the training held out of its text
+  charrnn-fast eval out other.txt                another text, of any length, in little memory
+  charrnn-fast eval out other.txt --on-unknown replace
+"""
+BENCH_EXAMPLES = """\
+examples:
+  charrnn-fast bench                             2 layers of 128, the text that comes with Python
+  charrnn-fast bench my.txt --hidden-size 512 --num-layers 1 --threads 1
+Any option of train goes.
+"""
+REPORT_EXAMPLES = """\
+examples:
+  charrnn-fast report out                        writes out/report.html
+  charrnn-fast report out -o page.html
+"""
+EXPORT_EXAMPLES = """\
+examples:
+  charrnn-fast export out                        writes out/model.onnx
+  charrnn-fast export out -o step.onnx
+The graph reads tokens [B] and state [layers, B, H]; it gives logits [B, V] and next_state.
+Begin with a state of zeros. Its metadata holds the vocabulary.
 """
 
 
@@ -125,10 +155,31 @@ def parser() -> argparse.ArgumentParser:
     text("--top-p", type=float, default=1.0, help="draw from the best that make up p (1: all)")
     text("--seed", type=int, help="same seed, same text (without: another one each time)")
     text("--stop", default="", metavar="TEXT", help="end before this text")
-    text("--on-unknown", choices=("error", "skip", "replace"), default="error",
-         help="what to do with characters of the prompt that the model has never seen")  # fmt: skip
+    add_unknown_option(sample, "the prompt")
     text("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
     add_run_options(sample)
+
+    evaluate = add("eval", run_eval, "measure how well a model predicts a text", EVAL_EXAMPLES)
+    evaluate.add_argument("run", metavar="RUN", help="folder of a run")
+    evaluate.add_argument("text", metavar="TEXT", nargs="?",
+                          help="UTF-8 file (without: what the run held out)")  # fmt: skip
+    add_unknown_option(evaluate, "the text")
+    add_run_options(evaluate)
+
+    report = add("report", run_report, "make one HTML page about a run", REPORT_EXAMPLES)
+    report.add_argument("run", metavar="RUN", help="folder of a run")
+    report.add_argument("-o", "--output", metavar="FILE", help="(RUN/report.html)")
+    report.add_argument("--backend", choices=("fast", "torch"), default="fast")
+    report.add_argument("--threads", type=int, default=0, help="threads to compute with")
+
+    export = add("export", run_export, "write a model as ONNX", EXPORT_EXAMPLES)
+    export.add_argument("run", metavar="RUN", help="folder of a run")
+    export.add_argument("-o", "--output", metavar="FILE", help="(RUN/model.onnx)")
+    export.add_argument("--last", action="store_true", help="the last weights, not the best ones")
+
+    bench = add("bench", run_bench, "time training and sampling of both backends", BENCH_EXAMPLES)
+    bench.add_argument("--seconds", type=float, default=2.0, help="for a side and a task (2.0)")
+    add_train_options(bench, to_run=False)
 
     add("info", run_info, "show versions, instruction sets and threads")
     demo = add("demo", run_demo, "train on the built-in text, and compare with torch.nn.RNN")
@@ -138,6 +189,12 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def add_unknown_option(sub: argparse.ArgumentParser, where: str) -> None:
+    sub.add_argument("--on-unknown", choices=("error", "skip", "replace"), default="error",
+                     help=f"what to do with characters of {where} that the model has never seen; "
+                          "replace puts a space")  # fmt: skip
+
+
 def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--last", action="store_true", help="the last weights, not the best ones")
     sub.add_argument("--backend", choices=("fast", "torch"), default="fast")
@@ -145,7 +202,8 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, default=0, help="threads to compute with")
 
 
-def add_train_options(sub: argparse.ArgumentParser) -> None:
+def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None:
+    """The fields of TrainOptions as flags; what concerns the folder of a run only ``to_run``."""
     from .charlm.train import TrainOptions
 
     hints = get_type_hints(TrainOptions)
@@ -166,6 +224,8 @@ def add_train_options(sub: argparse.ArgumentParser) -> None:
             kind = type(f.default).__name__.upper()
             sub.add_argument(*flags, type=type(f.default), dest=f.name, metavar=kind, **about)
     sub.add_argument("--config", metavar="FILE", help="TOML file with options by these names")
+    if not to_run:
+        return
     sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
 
@@ -204,12 +264,19 @@ def read_config(path: str) -> dict[str, Any]:
     return options
 
 
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags and the file of --config say; flags win."""
+    from .charlm.train import TrainOptions
+
+    given = read_config(arguments.config) if arguments.config else {}
+    return given | {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
+                    if hasattr(arguments, f.name)}  # fmt: skip
+
+
 def run_train(arguments: argparse.Namespace) -> None:
     from .charlm.train import Trainer, TrainOptions, resumed_options
 
-    given = read_config(arguments.config) if arguments.config else {}
-    given |= {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
-              if hasattr(arguments, f.name)}  # fmt: skip
+    given = given_options(arguments)
     if arguments.resume:
         options = resumed_options(arguments.resume, given)
     else:
@@ -266,6 +333,81 @@ def run_sample(arguments: argparse.Namespace) -> None:
         Path(arguments.output).write_text(content, encoding="utf-8")
     else:
         sys.stdout.write(content)
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from .charlm.checkpoint import from_pretrained
+    from .charlm.data import LineBatches, encode_file
+    from .charlm.evaluate import evaluate_lines, evaluate_stream
+    from .charlm.model import bits
+    from .charlm.train import held_out_part, saved_options
+
+    model, vocabulary, training = from_pretrained(
+        arguments.run, arguments.backend, arguments.device, arguments.last
+    )
+    name, part = "held out", None
+    if arguments.text is None:
+        part = held_out_part(training)
+        pieces = iter(()) if isinstance(part, LineBatches) else iter((part,))
+    else:
+        name = arguments.text
+        pieces = encode_file(arguments.text, vocabulary, arguments.on_unknown)
+        if training and saved_options(training).lines:
+            ids = np.concatenate([*pieces])
+            part = LineBatches(ids, 64, vocabulary.characters.index("\n"), 0)
+    start = time.perf_counter()
+    if isinstance(part, LineBatches):
+        loss, count = evaluate_lines(model, part)
+    else:
+        loss, count = evaluate_stream(model, pieces)
+    if not count:
+        raise UsageError(f"{name}: two characters are the least there is to predict")
+    print(
+        f"{name}: {loss:.4f} nats, {bits(loss):.4f} bits/character, perplexity {exp(loss):.3f} "
+        f"({count:,} characters, {count / (time.perf_counter() - start):,.0f} a second)"
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from .charlm.report import write_report
+
+    print(f"wrote {write_report(arguments.run, arguments.output, arguments.backend)}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from .charlm.checkpoint import from_pretrained
+    from .charlm.export import difference_in_onnxruntime, export_onnx
+
+    model, vocabulary, _ = from_pretrained(arguments.run, "torch", last=arguments.last)
+    path = arguments.output or str(Path(arguments.run) / "model.onnx")
+    export_onnx(model, vocabulary, path)
+    try:
+        difference = difference_in_onnxruntime(model, path)
+    except ImportError:
+        print(f"wrote {path}; not tried: onnxruntime is not installed")
+    else:
+        print(f"wrote {path}; scores in ONNX Runtime differ by {difference:.1e} at most")
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .charlm.bench import bench
+    from .charlm.train import TrainOptions
+
+    options = replace(TrainOptions(), **given_options(arguments))
+    if not arguments.seconds > 0:
+        raise UsageError("--seconds must be positive")
+    rows = bench(options, arguments.seconds)
+    print(
+        f"{options.num_layers} x {options.hidden_size}, batch {options.batch_size}, "
+        f"sequences of {options.seq_length}, {torch.get_num_threads()} threads; characters/s"
+    )
+    print(f"{'':24} {'charrnn_fast':>14} {'torch.nn.RNN':>14} {'ratio':>7}")
+    for row in rows:
+        print(f"{row.task:24} {row.fast:14,.0f} {row.torch:14,.0f} {row.fast / row.torch:7.2f}")
 
 
 def run_info(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,11 @@ def split(ids: Ids, fraction: float) -> tuple[Ids, Ids]:
     """The first part, to train on, and the last ``fraction`` of the text, held out."""
     cut = len(ids) - int(len(ids) * fraction)
     return ids[:cut], ids[cut:]
+
+
+def text_hash(ids: Ids) -> str:
+    """SHA-256 of a text's ids: whether a text is still the one that a run was trained on."""
+    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
 
 
 def to_tensor(ids: Ids, device: torch.device | str = "cpu") -> Tensor:

@@ -68,8 +68,11 @@ def surprisals(
 
 
 @torch.no_grad()
-def evaluate_lines(model: CharRNN, batches: LineBatches) -> float:
-    """Mean loss over lines, nats a character, the line break that ends each one included."""
+def evaluate_lines(model: CharRNN, batches: LineBatches) -> tuple[float, int]:
+    """Mean loss over lines, nats a character, the line break that ends each one included.
+
+    Returns it and the number of characters predicted.
+    """
     device = model.head.weight.device
     total, count = torch.zeros((), dtype=torch.float64), 0
     lines = np.argsort(batches.ends - batches.starts, kind="stable")
@@ -84,7 +87,7 @@ def evaluate_lines(model: CharRNN, batches: LineBatches) -> float:
                 reduction="sum",
             ).cpu()
             count += batch.count
-    return total.item() / count
+    return total.item() / count, count
 
 
 class _evaluating:

@@ -8,7 +8,6 @@ weights, bit for bit, with any number of threads.
 # ruff: noqa: RUF009 (option() is dataclasses.field with less to write)
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .data import PAD, Batches, LineBatches, StreamBatches, load_corpus, split
+from .data import PAD, Batches, LineBatches, StreamBatches, load_corpus, split, text_hash
 from .errors import TrainingDiverged, UsageError
 from .evaluate import evaluate, evaluate_lines
 from .model import Backend, ModelConfig, Nonlinearity, RecurrentInit, bits, build_model
@@ -180,7 +179,7 @@ class Trainer:
 
         corpus = load_corpus(options.text, options.bytes)
         self.vocabulary = corpus.vocabulary
-        self.text_hash = hashlib.sha256(corpus.ids.data).hexdigest()
+        self.text_hash = text_hash(corpus.ids)
         self.batches, self.held_out = prepare(options, self.vocabulary, corpus.ids)
         size = self.batches.batch_size
         if size < self.world or (not options.lines and size % self.world):
@@ -277,7 +276,7 @@ class Trainer:
         if self.held_out is None:
             return math.nan
         if isinstance(self.held_out, LineBatches):
-            return evaluate_lines(self.model, self.held_out)
+            return evaluate_lines(self.model, self.held_out)[0]
         return evaluate(self.model, self.held_out, self.options.batch_size)
 
     def run(self) -> Progress:
@@ -619,10 +618,37 @@ def resumed_options(folder: str | Path, changes: dict[str, Any]) -> TrainOptions
     Raises UsageError for an option that cannot change in the middle of a run.
     """
     _, _, saved = checkpoint.read_settings(Path(folder))
+    options = saved_options(saved)
     known = {f.name: f for f in fields(TrainOptions)}
-    options = TrainOptions(**{k: v for k, v in saved.items() if k in known})
     changes = {k: v for k, v in changes.items() if k != "out_dir" and v != getattr(options, k)}
     for name in changes:
         if not known[name].metadata.get("live"):
             raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     return replace(options, out_dir=str(folder), **changes)
+
+
+def saved_options(saved: dict[str, Any]) -> TrainOptions:
+    """The options that a run's config.json holds; UsageError for values of the wrong kind."""
+    try:
+        return TrainOptions(
+            **{f.name: saved[f.name] for f in fields(TrainOptions) if f.name in saved}
+        )
+    except TypeError as error:
+        raise UsageError(f"{checkpoint.CONFIG} is damaged: {error}") from None
+
+
+def held_out_part(saved: dict[str, Any]) -> Ids | LineBatches:
+    """What a run held out of its text, by the options in its config.json.
+
+    UsageError where that is not to be had: the text has moved or changed, or nothing was held out.
+    """
+    if not saved:
+        raise UsageError("this folder holds a model without its training: name a text")
+    options = saved_options(saved)
+    corpus = load_corpus(options.text, options.bytes)
+    if text_hash(corpus.ids) != saved.get("text_sha256"):
+        raise UsageError(f"{options.text or 'the built-in text'} has changed since the training")
+    _, part = prepare(options, corpus.vocabulary, corpus.ids)
+    if part is None:
+        raise UsageError("nothing was held out in this training: name a text")
+    return part

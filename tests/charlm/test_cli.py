@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -139,6 +140,12 @@ def test_unknown_character_of_a_prompt(capsys, folder):
         ["train", "--backend", "jax"],
         ["train", "--batch-size", "0"],
         ["train", "--config", "nowhere.toml"],
+        ["eval", "nowhere"],
+        ["eval", "{}", "nowhere.txt"],
+        ["report", "nowhere"],
+        ["export", "nowhere"],
+        ["bench", "--seconds", "0"],
+        ["bench", "--out-dir", "out", "--resume", "out"],
         ["train", "--no-such-option"],
         ["fly"],
         [],
@@ -193,11 +200,86 @@ def test_config_file(capsys, text, tmp_path):
 
 
 def test_help_teaches_by_example(capsys):
-    for arguments in (["--help"], ["train", "--help"], ["sample", "--help"]):
+    for arguments in (
+        ["--help"],
+        *([c, "--help"] for c in ("train", "sample", "eval", "report", "export", "bench")),
+    ):
         with pytest.raises(SystemExit) as done:
             main(arguments)
         assert done.value.code == 0
         assert "examples:" in capsys.readouterr().out
+
+
+def test_eval(capsys, folder, text, tmp_path):
+    """The held-out part without a text, else the text; unknown characters by policy."""
+
+    def nats(*arguments) -> float:
+        assert main(["eval", folder, *arguments]) == 0
+        words = capsys.readouterr().out.split(": ", 1)[1].split()
+        assert float(words[2]) == pytest.approx(float(words[0]) / math.log(2), rel=1e-3)
+        return float(words[0])
+
+    from charrnn_fast.charlm import evaluate, from_pretrained, load_corpus
+
+    model = from_pretrained(folder).model
+    ids = load_corpus(text).ids
+    assert nats() == pytest.approx(evaluate(model, ids[-len(ids) // 10 :]), rel=0.01)
+    assert nats("--backend", "torch", "--last") > 0
+    assert nats(str(text)) == pytest.approx(evaluate(model, ids), abs=1e-3)
+    other = tmp_path / "other"
+    other.write_text("the é fox")
+    assert "'é' (U+00E9)" in fails(capsys, "eval", folder, str(other))
+    losses = [nats(str(other), "--on-unknown", policy) for policy in ("skip", "replace")]
+    for loss, same in zip(losses, ("the  fox", "the   fox"), strict=True):
+        other.write_text(same)
+        assert nats(str(other)) == loss
+    other.write_text("t")
+    assert "two characters" in fails(capsys, "eval", folder, str(other))
+    text.write_text("changed " * 100)
+    assert "has changed since the training" in fails(capsys, "eval", folder)
+
+
+def test_eval_of_lines(capsys, text, tmp_path):
+    out = str(tmp_path / "lines")
+    assert main(["train", str(text), "--out-dir", out, "--lines", *SMALL]) == 0
+    capsys.readouterr()
+    for arguments in ([], [str(text)]):
+        assert main(["eval", out, *arguments]) == 0
+        assert "bits/character" in capsys.readouterr().out
+
+
+def test_report_and_export(capsys, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("onnxruntime")
+    assert main(["report", folder]) == main(["export", folder]) == 0
+    shown = capsys.readouterr().out
+    assert f"wrote {folder}/report.html" in shown
+    assert f"wrote {folder}/model.onnx; scores in ONNX Runtime differ by" in shown
+    assert main(["report", folder, "-o", str(tmp_path / "page")]) == 0
+    assert main(["export", folder, "-o", str(tmp_path / "graph")]) == 0
+    assert (tmp_path / "page").stat().st_size > 10_000
+    assert (tmp_path / "graph").stat().st_size > 1000
+
+
+def test_bench(capsys, text):
+    assert main(["bench", str(text), "--seconds", "0.05", *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        "training",
+        "sampling, 1 stream",
+        "sampling, 64 streams",
+    ]
+
+
+def test_tensorboard(capsys, text, tmp_path):
+    """Events beside metrics.jsonl, with the same numbers."""
+    pytest.importorskip("tensorboard")
+    done = run("train", str(text), "--out-dir", str(tmp_path / "run"), "--tensorboard", *SMALL,
+               "--log-interval", "10", "--sample-length", "20")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    events = [p.read_bytes() for p in (tmp_path / "run" / "tensorboard").iterdir()]
+    for name in (b"train_loss", b"val_bpc", b"lr", b"sample"):
+        assert any(name in content for content in events)
 
 
 def test_info(capsys):
