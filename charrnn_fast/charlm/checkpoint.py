@@ -127,7 +127,8 @@ def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     if not path.is_file():
         raise UsageError(f"no such file: {path}; is {path.parent} a run?")
     try:
-        with safe_open(path, "pt") as file:
+        # By one open file: safe_open opens twice, and a training may replace the file in between.
+        with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", "pt") as file:
             about = json.loads((file.metadata() or {}).get("charrnn_fast", "{}"))
             if not isinstance(about, dict):
                 raise ValueError("its metadata is no object")
