@@ -59,7 +59,7 @@ class TrainOptions:
     seq_length: int = option(50, "characters that gradients flow through", "block_size")
     max_epochs: int = option(15, "passes over the text", "epochs", live=True)
     max_iters: int = option(0, "steps, in place of epochs (0: by epochs)", live=True)
-    learning_rate: float = option(2e-3, "peak learning rate", "lr")
+    learning_rate: float = option(4e-3, "peak learning rate", "lr")
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after warm-up")
     min_lr: float = option(0.0, "learning rate at the end of the cosine")
     warmup_iters: int = option(100, "steps in which the learning rate rises from 0")
