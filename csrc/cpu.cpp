@@ -14,9 +14,12 @@
 
 namespace charrnn_fast {
 
-at::ScalarType computed_in(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+static at::ScalarType computed_in(const Isa& isa, at::ScalarType dtype) {
+  if (dtype == at::kDouble || (dtype == at::kBFloat16 && isa.bf16 != nullptr)) return dtype;
+  return at::kFloat;
 }
+
+at::ScalarType computed_in(at::ScalarType dtype) { return computed_in(isa(), dtype); }
 
 namespace {
 
@@ -171,13 +174,26 @@ class Rows {
   Sequences seq_;
 };
 
+// Calls call(kernels) with the kernels of `dtype`, one that computed_in answers.
+template <typename Call>
+void with_kernels(const Isa& isa, at::ScalarType dtype, const Call& call) {
+  if (dtype == at::kDouble) return call(*isa.f64);
+  if (dtype == at::kBFloat16) return call(*isa.bf16);
+  return call(*isa.f32);
+}
+
+// The kernels have a type of their own for bfloat16, of the same bits.
 template <typename scalar>
-const Kernels<scalar>& kernels() {
-  if constexpr (std::is_same_v<scalar, float>) {
-    return isa().f32;
-  } else {
-    return isa().f64;
-  }
+using InTorch = std::conditional_t<std::is_same_v<scalar, bfloat16>, at::BFloat16, scalar>;
+
+template <typename scalar>
+const scalar* data(const at::Tensor& tensor) {
+  return reinterpret_cast<const scalar*>(tensor.const_data_ptr<InTorch<scalar>>());
+}
+
+template <typename scalar>
+scalar* mutable_data(const at::Tensor& tensor) {
+  return reinterpret_cast<scalar*>(tensor.mutable_data_ptr<InTorch<scalar>>());
 }
 
 at::Tensor bytes(size_t n) { return at::empty({static_cast<int64_t>(n)}, at::kByte); }
@@ -211,15 +227,13 @@ at::Tensor converted_input(const at::Tensor& input, at::ScalarType dtype) {
 
 template <typename scalar>
 const scalar* data_or_null(const Optional& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<scalar>() : nullptr;
+  return tensor.has_value() ? data<scalar>(*tensor) : nullptr;
 }
 
 template <typename scalar>
-void forward_layer(const Layer& layer, const at::Tensor& input, const Optional& hx,
-                   at::TensorList weights, bool has_biases, const Sequences& seq, at::Tensor& y,
-                   at::Tensor& h_n) {
-  // Looked up once: another thread may select another ISA meanwhile.
-  const Kernels<scalar>& table = kernels<scalar>();
+void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::Tensor& input,
+                   const Optional& hx, at::TensorList weights, bool has_biases,
+                   const Sequences& seq, at::Tensor& y, at::Tensor& h_n) {
   const int64_t per_direction = has_biases ? 4 : 2;
   const Plan plan = plan_forward(layer);
   const scalar* h0 = data_or_null<scalar>(hx);
@@ -234,17 +248,17 @@ void forward_layer(const Layer& layer, const at::Tensor& input, const Optional& 
         .activation = layer.activation,
         .reverse = d == 1,
         .split = plan.split,
-        .x = layer.tokens ? nullptr : input.const_data_ptr<scalar>(),
+        .x = layer.tokens ? nullptr : data<scalar>(input),
         .ldx = layer.I,
         .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
-        .W_ih = w[0].const_data_ptr<scalar>(),
-        .W_hh = w[1].const_data_ptr<scalar>(),
-        .b_ih = has_biases ? w[2].const_data_ptr<scalar>() : nullptr,
-        .b_hh = has_biases ? w[3].const_data_ptr<scalar>() : nullptr,
+        .W_ih = data<scalar>(w[0]),
+        .W_hh = data<scalar>(w[1]),
+        .b_ih = has_biases ? data<scalar>(w[2]) : nullptr,
+        .b_hh = has_biases ? data<scalar>(w[3]) : nullptr,
         .h0 = h0 != nullptr ? h0 + d * layer.B * layer.H : nullptr,
-        .y = y.mutable_data_ptr<scalar>() + d * layer.H,
+        .y = mutable_data<scalar>(y) + d * layer.H,
         .ldy = layer.D * layer.H,
-        .h_n = h_n.mutable_data_ptr<scalar>() + d * layer.B * layer.H,
+        .h_n = mutable_data<scalar>(h_n) + d * layer.B * layer.H,
         .workspace = nullptr,
     };
     workspace[d] = bytes(table.forward_workspace(args[d], plan.members));
@@ -261,7 +275,9 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
   if (why_composite(input_, hx_, weights_) != nullptr) {
     return composite::forward(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
   }
-  const auto dtype = weights_[0].scalar_type(), computed = computed_in(dtype);
+  // Looked up once: another thread may select another ISA meanwhile.
+  const Isa& current = isa();
+  const auto dtype = weights_[0].scalar_type(), computed = computed_in(current, dtype);
   if (computed != dtype) {
     const auto [y, h_n] =
         rnn_layer_cpu(converted_input(input_, computed), converted(hx_, computed),
@@ -284,21 +300,17 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
 
   count(counters().forward_fused);
   const Rows rows(layer, batch_sizes, lengths);
-  if (weights[0].scalar_type() == at::kFloat) {
-    forward_layer<float>(layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
-  } else {
-    forward_layer<double>(layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
-  }
+  with_kernels(current, dtype, [&](const auto& kernels) {
+    forward_layer(kernels, layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
+  });
   return {y, h_n};
 }
 
 template <typename scalar>
-void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n,
-                    const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                    const at::Tensor& y, bool has_biases, const Sequences& seq,
-                    std::vector<at::Tensor>& grads) {
-  // Looked up once: another thread may select another ISA meanwhile.
-  const Kernels<scalar>& table = kernels<scalar>();
+void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Optional& dy,
+                    const Optional& dh_n, const at::Tensor& input, const Optional& hx,
+                    at::TensorList weights, const at::Tensor& y, bool has_biases,
+                    const Sequences& seq, std::vector<at::Tensor>& grads) {
   const int64_t per_direction = has_biases ? 4 : 2;
   const Plan plan = plan_backward(layer);
   const int64_t state = layer.B * layer.H;
@@ -306,7 +318,7 @@ void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n
   const scalar* dy_data = data_or_null<scalar>(dy);
   const scalar* dh_n_data = data_or_null<scalar>(dh_n);
   const auto out = [](at::Tensor& grad) {
-    return grad.numel() > 0 ? grad.mutable_data_ptr<scalar>() : nullptr;
+    return grad.numel() > 0 ? mutable_data<scalar>(grad) : nullptr;
   };
   std::array<BackwardArgs<scalar>, 2> args;
   std::array<at::Tensor, 2> workspace, delta, dx;
@@ -324,18 +336,18 @@ void backward_layer(const Layer& layer, const Optional& dy, const Optional& dh_n
         .activation = layer.activation,
         .reverse = d == 1,
         .split = plan.split,
-        .x = layer.tokens ? nullptr : input.const_data_ptr<scalar>(),
+        .x = layer.tokens ? nullptr : data<scalar>(input),
         .ldx = layer.I,
         .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
-        .W_ih = w[0].const_data_ptr<scalar>(),
-        .W_hh = w[1].const_data_ptr<scalar>(),
+        .W_ih = data<scalar>(w[0]),
+        .W_hh = data<scalar>(w[1]),
         .h0 = h0 != nullptr ? h0 + d * state : nullptr,
-        .y = y.const_data_ptr<scalar>() + d * layer.H,
+        .y = data<scalar>(y) + d * layer.H,
         .ldy = layer.D * layer.H,
         .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
         .lddy = layer.D * layer.H,
         .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
-        .delta = delta[d].mutable_data_ptr<scalar>(),
+        .delta = mutable_data<scalar>(delta[d]),
         .dx = out(dx[d]),
         .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
         .dW_ih = out(dw[0]),
@@ -367,7 +379,9 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
     return composite::backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_, lengths_, mode,
                                has_biases, needs);
   }
-  const auto dtype = weights_[0].scalar_type(), computed = computed_in(dtype);
+  // Looked up once: another thread may select another ISA meanwhile.
+  const Isa& current = isa();
+  const auto dtype = weights_[0].scalar_type(), computed = computed_in(current, dtype);
   if (computed != dtype) {
     return converted(
         rnn_layer_backward_cpu(converted(dy_, computed), converted(dh_n_, computed),
@@ -399,13 +413,10 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
 
   count(counters().backward_fused);
   const Rows rows(layer, batch_sizes, lengths);
-  if (y.scalar_type() == at::kFloat) {
-    backward_layer<float>(layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
-                          grads);
-  } else {
-    backward_layer<double>(layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
-                           grads);
-  }
+  with_kernels(current, dtype, [&](const auto& kernels) {
+    backward_layer(kernels, layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
+                   grads);
+  });
   return grads;
 }
 

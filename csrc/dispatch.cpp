@@ -10,7 +10,7 @@
 namespace charrnn_fast {
 
 #if defined(__x86_64__)
-extern const Isa kAvx512, kAvx2;
+extern const Isa kAvx512BFloat16, kAvx512, kAvx2;
 #elif defined(__aarch64__)
 extern const Isa kNeon;
 #endif
@@ -19,8 +19,10 @@ extern const Isa kBaseline;
 namespace {
 
 // Best first.
+// clang-format off
 const Isa* const kIsas[] = {
 #if defined(__x86_64__)
+    &kAvx512BFloat16,
     &kAvx512,
     &kAvx2,
 #elif defined(__aarch64__)
@@ -29,6 +31,7 @@ const Isa* const kIsas[] = {
     &kBaseline,
     nullptr,
 };
+// clang-format on
 
 const Isa* find(const char* name) {
   for (const Isa* const* entry = kIsas; *entry != nullptr; ++entry) {

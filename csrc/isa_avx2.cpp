@@ -26,6 +26,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa kAvx2;
-const Isa kAvx2 = {"avx2", supported, kernels<float>, kernels<double>};
+const Isa kAvx2 = {"avx2", supported, &kernels<float>, &kernels<double>, nullptr};
 
 }  // namespace charrnn_fast

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats.
+// AVX-512 (F, BW, DQ, VL).
 #include <immintrin.h>
 
 #include "isa-prologue.h"
@@ -7,29 +7,7 @@
 namespace charrnn_fast {
 namespace {
 
-constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 6;  // 6 rows x 4 vectors: 24 accumulators
-constexpr int kTileVectors = 4;
-
-ALWAYS_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-ALWAYS_INLINE __m512d multiply_add(__m512d a, __m512d b, __m512d c) {
-  return _mm512_fmadd_pd(a, b, c);
-}
-
-#define CHARRNN_FAST_MASKED_MEMORY
-ALWAYS_INLINE __m512 masked_load(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
-ALWAYS_INLINE __m512d masked_load(const double* p, int64_t n) {
-  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
-}
-ALWAYS_INLINE void masked_store(float* p, __m512 v, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
-}
-ALWAYS_INLINE void masked_store(double* p, __m512d v, int64_t n) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
-}
-
+#include "avx512-inl.h"
 #include "kernels-inl.h"
 
 bool supported() {
@@ -40,7 +18,13 @@ bool supported() {
 
 }  // namespace
 
+// Shared with the ISAs that add to this one.
+extern const Kernels<float> kAvx512F32;
+extern const Kernels<double> kAvx512F64;
+const Kernels<float> kAvx512F32 = kernels<float>;
+const Kernels<double> kAvx512F64 = kernels<double>;
+
 extern const Isa kAvx512;
-const Isa kAvx512 = {"avx512", supported, kernels<float>, kernels<double>};
+const Isa kAvx512 = {"avx512", supported, &kAvx512F32, &kAvx512F64, nullptr};
 
 }  // namespace charrnn_fast

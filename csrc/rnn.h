@@ -15,6 +15,11 @@ namespace charrnn_fast {
 
 enum class Activation : int32_t { kTanh = 0, kRelu = 1, kSigmoid = 2 };
 
+// Only its bits: the kernels of an ISA know what to do with them.
+struct bfloat16 {
+  uint16_t bits;
+};
+
 // Where the rows of each step lie. "Slot" is the place of a sequence in order of falling length; at
 // step t the sequences still running are the slots 0 .. n_t-1, and slot i has row
 // step_row[t] + slot_row[i]. Plain padded batches leave all three pointers null: row t*B + i.
@@ -108,10 +113,11 @@ struct Kernels {
 
 // One ISA. The table of them, best first, is in dispatch.cpp.
 struct Isa {
-  const char* name;     // "avx512", "avx2", "neon", "baseline"
+  const char* name;     // "avx512bf16", "avx512", "avx2", "neon", "baseline"
   bool (*supported)();  // does this CPU, and its operating system, run it?
-  Kernels<float> f32;
-  Kernels<double> f64;
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  const Kernels<bfloat16>* bf16;  // null where there are no products of bfloat16
 };
 
 // The ISA in use: the best one this CPU supports, unless CHARRNN_FAST_ISA or select_isa named

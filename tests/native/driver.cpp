@@ -560,9 +560,9 @@ int main(int argc, char** argv) {
       current = std::string((*isa)->name) + ", seed " + std::to_string(seed) + ", case " +
                 std::to_string(i);
       if (i % 2)
-        run_case((*isa)->f64);
+        run_case(*(*isa)->f64);
       else
-        run_case((*isa)->f32);
+        run_case(*(*isa)->f32);
     }
     std::printf("%s: %ld cases\n", (*isa)->name, static_cast<long>(cases));
   }

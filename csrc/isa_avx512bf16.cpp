@@ -1,0 +1,32 @@
+// AVX-512 with dot products of bfloat16. float and double run the kernels of AVX-512.
+#include <immintrin.h>
+
+#include "isa-prologue.h"
+#include "rnn.h"
+
+namespace charrnn_fast {
+
+extern const Kernels<float> kAvx512F32;
+extern const Kernels<double> kAvx512F64;
+
+namespace {
+
+// clang-format off: in order of dependence
+#include "avx512-inl.h"
+#include "kernels-inl.h"
+#include "bfloat16-inl.h"
+// clang-format on
+
+bool supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+}  // namespace
+
+extern const Isa kAvx512BFloat16;
+const Isa kAvx512BFloat16 = {"avx512bf16", supported, &kAvx512F32, &kAvx512F64, &kBFloat16Kernels};
+
+}  // namespace charrnn_fast
