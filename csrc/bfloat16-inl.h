@@ -88,10 +88,16 @@ ALWAYS_INLINE void finish_dot_tile(const DotArgs& args, const Vec<float> (&sum)[
   }
 }
 
+// Chains per element: enough to hide the latency of a narrow panel.
+constexpr int dot_chains(int width) { return width <= 2 ? kTileVectors / width : 1; }
+
+// Panel rows between a prefetch and its use. A prefetch beyond the panel is harmless.
+constexpr int64_t kPrefetchedRows = 16;
+
 // The product of R rows, from first_row on, with a panel of P vectors.
 template <Dot dot, int R, int P>
 __attribute__((noinline)) void dot_tile(const DotArgs& args, int64_t first_row) {
-  constexpr int C = chains(P);
+  constexpr int C = dot_chains(P);
   Vec<float> sum[C][R][P];
   const int64_t last_lanes = args.columns - (P - 1) * 16;
 
@@ -125,7 +131,7 @@ __attribute__((noinline)) void dot_tile(const DotArgs& args, int64_t first_row) 
     for (int p = 0; p < P; ++p) {
       b[p] = reinterpret_cast<__m512bh>(load(panel + (k * P + p) * 16));
       if constexpr (R <= 4 && dot != Dot::kAdd) {
-        __builtin_prefetch(panel + ((k + kPrefetchDistance) * P + p) * 16);
+        __builtin_prefetch(panel + ((k + kPrefetchedRows) * P + p) * 16);
       }
     }
 #pragma GCC unroll 8

@@ -101,6 +101,26 @@ struct Array {
   T* data;
 };
 
+double number(double value) { return value; }
+double number(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+template <typename T>
+T made(double value) {
+  return static_cast<T>(value);
+}
+template <>
+bfloat16 made<bfloat16>(double value) {  // cut off, which will do for random numbers
+  const float single = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &single, sizeof(bits));
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
 template <typename T>
 std::unique_ptr<Array<T>> array(int64_t rows, int64_t width, int64_t gap = 0) {
   return std::make_unique<Array<T>>(rows, width, width + gap, overrun >= 0 || below(4) != 0);
@@ -109,10 +129,10 @@ std::unique_ptr<Array<T>> array(int64_t rows, int64_t width, int64_t gap = 0) {
 template <typename T>
 std::unique_ptr<Array<T>> randoms(int64_t rows, int64_t width, double scale, int64_t gap = 0) {
   auto a = array<T>(rows, width, gap);
-  a->fill(std::numeric_limits<T>::quiet_NaN());  // in the gaps
+  a->fill(made<T>(NAN));  // in the gaps
   std::normal_distribution<double> normal(0.0, scale);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; ++j) a->at(i, j) = static_cast<T>(normal(generator));
+    for (int64_t j = 0; j < width; ++j) a->at(i, j) = made<T>(normal(generator));
   return a;
 }
 
@@ -283,8 +303,8 @@ template <typename scalar>
 Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p, Split split,
                         int team) {
   Forward<scalar> out{array<scalar>(p.N, p.H, p.y_gap), array<scalar>(p.B, p.H)};
-  out.y->fill(std::numeric_limits<scalar>::quiet_NaN());
-  out.h_n->fill(std::numeric_limits<scalar>::quiet_NaN());
+  out.y->fill(made<scalar>(NAN));
+  out.h_n->fill(made<scalar>(NAN));
   ForwardArgs<scalar> args{};
   args.seq = p.sequences();
   args.I = p.I;
@@ -317,7 +337,7 @@ template <typename scalar>
 Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>& p,
                           const Array<scalar>& y, Split split, int team, int wanted) {
   Backward<scalar> out;
-  const scalar nan = std::numeric_limits<scalar>::quiet_NaN();
+  const scalar nan = made<scalar>(NAN);
   const auto output = [&](int bit, int64_t rows, int64_t width) {
     std::unique_ptr<Array<scalar>> a;
     if (wanted >> bit & 1) {
@@ -364,13 +384,21 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
 }
 
 template <typename scalar>
+constexpr double kTolerance = 1e-4;
+template <>
+constexpr double kTolerance<double> = 1e-11;
+template <>
+constexpr double kTolerance<bfloat16> =
+    0x1p-5;  // eight times its rounding: of each state and delta
+
+template <typename scalar>
 void expect_close(const char* name, Array<scalar>& got, const std::vector<double>& want) {
   double largest = 1;
   for (double value : want) largest = std::max(largest, std::isnan(value) ? 0 : std::abs(value));
-  const double tolerance = (sizeof(scalar) == 4 ? 1e-4 : 1e-11) * largest;
+  const double tolerance = kTolerance<scalar> * largest;
   for (int64_t i = 0; i < got.rows; ++i) {
     for (int64_t j = 0; j < got.columns(i); ++j) {
-      const double value = got.at(i, j);
+      const double value = number(got.at(i, j));
       const double expected = j < got.width ? want[i * got.width + j] : NAN;  // NAN: not theirs
       if (std::isnan(expected) ? !std::isnan(value) : !(std::abs(value - expected) <= tolerance)) {
         char text[200];
@@ -399,15 +427,15 @@ template <typename scalar>
 void check_forward(Problem<scalar>& p, Forward<scalar>& out) {
   std::vector<double> y(p.N * p.H, NAN), h_n(p.B * p.H), previous(p.H), sum(p.H);
   for (int64_t slot = 0; slot < p.B; ++slot) {
-    for (int64_t j = 0; j < p.H; ++j) previous[j] = p.h0 ? p.h0->at(p.order[slot], j) : 0;
+    for (int64_t j = 0; j < p.H; ++j) previous[j] = p.h0 ? number(p.h0->at(p.order[slot], j)) : 0;
     for (int64_t k = 0; k < p.lengths[slot]; ++k) {
       const int64_t row = p.row(step(p.reverse, p.lengths[slot], k), slot);
       for (int64_t j = 0; j < p.H; ++j) {
-        double a = p.b_ih ? static_cast<double>(p.b_ih->data[j]) + p.b_hh->data[j] : 0;
-        if (p.ids) a += p.W_ih->at(j, p.ids->data[row]);
+        double a = p.b_ih ? number(p.b_ih->data[j]) + number(p.b_hh->data[j]) : 0;
+        if (p.ids) a += number(p.W_ih->at(j, p.ids->data[row]));
         for (int64_t i = 0; p.x && i < p.I; ++i)
-          a += static_cast<double>(p.x->at(row, i)) * p.W_ih->at(j, i);
-        for (int64_t i = 0; i < p.H; ++i) a += previous[i] * p.W_hh->at(j, i);
+          a += number(p.x->at(row, i)) * number(p.W_ih->at(j, i));
+        for (int64_t i = 0; i < p.H; ++i) a += previous[i] * number(p.W_hh->at(j, i));
         sum[j] = apply(p.activation, a);
       }
       previous = sum;
@@ -425,24 +453,27 @@ void check_backward(Problem<scalar>& p, Array<scalar>& y, Backward<scalar>& out)
       db(p.H), dh(p.H), delta(p.H);
   for (int64_t slot = 0; slot < p.B; ++slot) {
     const int64_t place = p.order[slot], length = p.lengths[slot];
-    for (int64_t j = 0; j < p.H; ++j) dh[j] = p.dh_n ? p.dh_n->at(place, j) : 0;
+    for (int64_t j = 0; j < p.H; ++j) dh[j] = p.dh_n ? number(p.dh_n->at(place, j)) : 0;
     for (int64_t k = length - 1; k >= 0; --k) {
       const int64_t row = p.row(step(p.reverse, length, k), slot);
       const int64_t before = k > 0 ? p.row(step(p.reverse, length, k - 1), slot) : -1;
       for (int64_t j = 0; j < p.H; ++j)
-        delta[j] = (dh[j] + (p.dy ? p.dy->at(row, j) : 0)) * slope(p.activation, y.at(row, j));
+        delta[j] = (dh[j] + (p.dy ? number(p.dy->at(row, j)) : 0)) *
+                   slope(p.activation, number(y.at(row, j)));
       std::fill(dh.begin(), dh.end(), 0.0);
       for (int64_t i = 0; i < p.I; ++i) dx[row * p.I + i] = 0;
       for (int64_t j = 0; j < p.H; ++j) {
         db[j] += delta[j];
         if (p.ids) dW_ih[j * p.I + p.ids->data[row]] += delta[j];
         for (int64_t i = 0; i < p.I; ++i) {
-          dx[row * p.I + i] += delta[j] * p.W_ih->at(j, i);
-          if (p.x) dW_ih[j * p.I + i] += delta[j] * p.x->at(row, i);
+          dx[row * p.I + i] += delta[j] * number(p.W_ih->at(j, i));
+          if (p.x) dW_ih[j * p.I + i] += delta[j] * number(p.x->at(row, i));
         }
         for (int64_t i = 0; i < p.H; ++i) {
-          dh[i] += delta[j] * p.W_hh->at(j, i);
-          const double h = before >= 0 ? y.at(before, i) : p.h0 ? p.h0->at(place, i) : 0;
+          dh[i] += delta[j] * number(p.W_hh->at(j, i));
+          const double h = before >= 0 ? number(y.at(before, i))
+                           : p.h0      ? number(p.h0->at(place, i))
+                                       : 0;
           dW_hh[j * p.H + i] += delta[j] * h;
         }
       }
@@ -498,11 +529,18 @@ void run_overrun() {
   for (;;) {
     Problem<float> p = random_problem<float>();
     if (p.x && p.h0 && p.b_ih && p.lengths_array && p.order_array) {
-      forward(isa().f32, p, Split::kBatch, 1);
+      forward(*isa().f32, p, Split::kBatch, 1);
       return;
     }
   }
 }
+
+template <typename scalar>
+constexpr const char* kName = "float";
+template <>
+constexpr const char* kName<double> = "double";
+template <>
+constexpr const char* kName<bfloat16> = "bfloat16";
 
 template <typename scalar>
 void run_case(const Kernels<scalar>& kernels) {
@@ -512,11 +550,10 @@ void run_case(const Kernels<scalar>& kernels) {
   std::snprintf(text, sizeof text,
                 "%s, %s: T=%ld B=%ld N=%ld I=%ld H=%ld activation=%d reverse=%d ragged=%d ids=%d "
                 "bias=%d h0=%d dy=%d dh_n=%d wanted=%d",
-                current.c_str(), sizeof(scalar) == 4 ? "float" : "double", static_cast<long>(p.T),
-                static_cast<long>(p.B), static_cast<long>(p.N), static_cast<long>(p.I),
-                static_cast<long>(p.H), static_cast<int>(p.activation), p.reverse, p.ragged,
-                p.ids != nullptr, p.b_ih != nullptr, p.h0 != nullptr, p.dy != nullptr,
-                p.dh_n != nullptr, wanted);
+                current.c_str(), kName<scalar>, static_cast<long>(p.T), static_cast<long>(p.B),
+                static_cast<long>(p.N), static_cast<long>(p.I), static_cast<long>(p.H),
+                static_cast<int>(p.activation), p.reverse, p.ragged, p.ids != nullptr,
+                p.b_ih != nullptr, p.h0 != nullptr, p.dy != nullptr, p.dh_n != nullptr, wanted);
   current = text;
   Forward<scalar> y = forward(kernels, p, Split::kBatch, 1);
   check_forward(p, y);
@@ -559,7 +596,9 @@ int main(int argc, char** argv) {
       generator.seed(seed * 1000003 + static_cast<uint64_t>(i));
       current = std::string((*isa)->name) + ", seed " + std::to_string(seed) + ", case " +
                 std::to_string(i);
-      if (i % 2)
+      if ((*isa)->bf16 && i % 4 < 2)
+        run_case(*(*isa)->bf16);
+      else if (i % 2)
         run_case(*(*isa)->f64);
       else
         run_case(*(*isa)->f32);
