@@ -92,10 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options) or 0
     except UsageError as error:
         return fail(error, 2)
-    except (TrainingDiverged, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}", 1)
+    except TrainingDiverged as error:
         return fail(error, 1)
     except KeyboardInterrupt as interrupt:
         return fail(str(interrupt) or "interrupted", 130)

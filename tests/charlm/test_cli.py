@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,30 @@ def test_wrong_texts(capsys, tmp_path):
     path.write_bytes(b"\xff\xfe" * 100)
     assert "--bytes" in fails(capsys, "train", str(path), *out)
     assert not (tmp_path / "run").exists()
+
+
+def test_full_disk(text, tmp_path):
+    """One line that says which file, and why; code 1, as nothing was wrong with the request."""
+    command = [sys.executable, "-m", "charrnn_fast", "train", str(text), *SMALL, "--out-dir", "run"]
+    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command]
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    message = "charrnn-fast: cannot write run/model.safetensors: File too large\n"
+    assert done.stderr == message
+
+
+def test_folder_that_cannot_be_written(capsys, text, tmp_path):
+    out = str(text / "run")  # below a file
+    message = fails(capsys, "train", str(text), "--out-dir", out, *SMALL)
+    assert f"cannot write into {out}: Not a directory" in message
+
+
+def test_folder_that_is_in_use(capsys, folder, text):
+    from charrnn_fast.charlm.checkpoint import lock
+
+    with lock(Path(folder)):
+        message = fails(capsys, "train", "--resume", folder, "--max-iters", "30")
+    assert "another training is writing into" in message
 
 
 def test_folder_that_holds_a_run(capsys, folder, text):
