@@ -139,7 +139,7 @@ built_apart = CHARRNN_FAST_VARIANT=-$1 $2 $(BIN)/python setup.py -q build --buil
 
 sanitize-module: $(VENV)/.installed
 	$(call built_apart,sanitized,CHARRNN_FAST_CXXFLAGS="$(ASAN)" CHARRNN_FAST_LDFLAGS="-fsanitize=address,undefined")
-	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
 

@@ -21,7 +21,7 @@ git clone -q "$source" "$work/clone"
 cd "$work/clone"
 git config user.name tester && git config user.email tester@localhost
 make build >"$work/log" 2>&1 || { cat "$work/log"; fail "make build"; }
-works .venv/bin/python
+works "$PWD/.venv/bin/python"
 say "make build, all of it"
 SECONDS=0
 make build >"$work/log" 2>&1
@@ -33,7 +33,7 @@ make build >"$work/log" 2>&1
 say "make build after a pull that changed Python"
 echo '// pulled' >>csrc/dispatch.cpp && git commit -qam 'C++'
 make build >"$work/log" 2>&1
-works .venv/bin/python
+works "$PWD/.venv/bin/python"
 say "make build after a pull that changed C++"
 if make build CXX=no-such-compiler VENV=other >"$work/log" 2>&1; then fail "built without a compiler"; fi
 [ "$(grep -c '^error: ' "$work/log")" = 1 ] || { cat "$work/log"; fail "no compiler: not one line"; }
