@@ -106,7 +106,7 @@ format: $(VENV)/.lint
 # bindings and the kernels under the module tests, which run from a copy that sees the sanitized build.
 NATIVE := CXX="$${CXX:-c++}" $(BIN)/python tests/native/build.py
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
-TSAN := -fsanitize=thread -O1 -g1
+TSAN := -fsanitize=thread -DDENSE -O1 -g1
 CASES ?= 500
 
 sanitize: sanitize-kernels sanitize-module
@@ -122,13 +122,13 @@ sanitize-kernels: $(VENV)/.installed
 test-neon: $(VENV)/.installed
 	@mkdir -p build
 	CXX=aarch64-linux-gnu-g++ CHARRNN_FAST_MACHINE=aarch64 \
-	  $(BIN)/python tests/native/build.py build/driver-aarch64 -static
+	  $(BIN)/python tests/native/build.py build/driver-aarch64 -static -DDENSE
 	qemu-aarch64 build/driver-aarch64 $(CASES)
 
 # A CPU with no more than the x86-64 baseline, emulated: wants qemu-x86_64.
 test-baseline: $(VENV)/.installed
 	@mkdir -p build
-	$(NATIVE) build/driver -static
+	$(NATIVE) build/driver -static -DDENSE
 	qemu-x86_64 -cpu qemu64 build/driver $(CASES)
 
 # What concerns the bindings and the kernels; not the model, not the packaging.
