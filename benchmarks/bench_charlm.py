@@ -1,50 +1,99 @@
-"""The character model end to end: training steps and sampling, with our module and with nn.RNN."""
+"""The character model end to end: training steps and sampling, with our module and with nn.RNN.
+
+The text is the built-in one, or the file that CHARRNN_FAST_BENCH_TEXT names.
+"""
+
+import os
 
 import pytest
 import torch
 
-from .common import Shape, Side
+from .common import ALL_CPUS, Shape, Side, use_threads
 
 SIDES = {"fast": "module", "torch": "nn.RNN"}
+TEXT = os.environ.get("CHARRNN_FAST_BENCH_TEXT")
+# Three sentences of 15 different characters, as in the tutorial, again and again.
+SENTENCES = "hey how are you good i am fine have a nice day " * 40
+SIZES = {
+    "2x128": {"num_layers": 2, "hidden_size": 128},
+    "1x512": {"num_layers": 1, "hidden_size": 512},
+    "tutorial": {"num_layers": 1, "hidden_size": 12, "batch_size": 3, "seq_length": 16},
+}
 
 
-@pytest.mark.parametrize(("layers", "hidden"), [(2, 128), (1, 512)], ids=["2x128", "1x512"])
-def bench_training(layers, hidden, tmp_path, side_by_side):
+@pytest.fixture
+def trainer_of(tmp_path):
+    """A Trainer of one of SIZES, and the losses of its first five steps."""
     from charrnn_fast.charlm import Trainer, TrainOptions
 
+    def make(size, backend):
+        text = TEXT
+        if size == "tutorial":
+            text = str(tmp_path / "sentences.txt")
+            (tmp_path / "sentences.txt").write_text(SENTENCES)
+        folder = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        options = TrainOptions(text=text, out_dir=folder, backend=backend, **SIZES[size])
+        trainer = Trainer(options, say=None)
+        return trainer, torch.stack([trainer.train_step() for _ in range(5)])
+
+    return make
+
+
+def shape_of(trainer) -> Shape:
+    options = trainer.options
+    size = (options.batch_size, options.seq_length, len(trainer.vocabulary), options.hidden_size)
+    return Shape(*size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def bench_training(size, trainer_of, side_by_side):
+    """Both sides with one loop, one optimizer (fused AdamW) and one text: the module differs."""
     sides, losses = [], {}
     for backend, name in SIDES.items():
-        options = TrainOptions(
-            out_dir=str(tmp_path / backend), backend=backend, hidden_size=hidden, num_layers=layers
-        )
-        trainer = Trainer(options, say=None)
-        losses[name] = torch.stack([trainer.train_step() for _ in range(5)])
+        trainer, losses[name] = trainer_of(size, backend)
         sides.append(Side(name, trainer.train_step, grad=True))
     torch.testing.assert_close(losses["module"], losses["nn.RNN"], rtol=1e-4, atol=0)
-    shape = Shape(options.batch_size, options.seq_length, len(trainer.vocabulary), hidden)
-    side_by_side(f"charlm training {layers}x{hidden}", shape, sides, characters=shape.B * shape.T)
+    shape = shape_of(trainer)
+    side_by_side(f"charlm training {size}", shape, sides, characters=shape.B * shape.T)
 
 
-@pytest.mark.parametrize("streams", [1, 16])
-def bench_sampling(streams, side_by_side):
-    from charrnn_fast.charlm import (
-        ModelConfig,
-        Vocabulary,
-        build_model,
-        builtin_text,
-        stream,
-    )
+@pytest.mark.skipif(len(ALL_CPUS) < 2, reason="needs two cores")
+def bench_training_threads(trainer_of, side_by_side):
+    """Two threads beside one; the losses are the same bits."""
+    sides, losses = [], []
+    for threads in (1, 2):
+        use_threads(threads)
+        trainer, loss = trainer_of("2x128", "fast")
+        losses.append(loss)
+        prepare = lambda threads=threads: use_threads(threads)  # noqa: E731
+        name = f"{threads} threads"
+        sides.append(Side(name, trainer.train_step, None, prepare, True, {"threads": threads}))
+    assert torch.equal(*losses)
+    shape = shape_of(trainer)
+    side_by_side("charlm training threads", shape, sides, characters=shape.B * shape.T)
 
-    vocabulary = Vocabulary.from_text(builtin_text())
-    length, sides, drawn = 100, [], {}
+
+@pytest.mark.parametrize("streams", [1, 64])
+@pytest.mark.parametrize("layers", [1, 2])
+def bench_sampling(layers, streams, side_by_side):
+    """Characters drawn by `step`: one call of our op, or one of the model for each character."""
+    from charrnn_fast.charlm import ModelConfig, SampleOptions, build_model
+    from charrnn_fast.charlm.sample import step, why_stepwise
+
+    V, H, N = 65, 128, 2000 if streams == 1 else 200
+    torch.manual_seed(0)
+    tokens, uniforms = torch.randint(0, V, (streams,)), torch.rand(N, streams)
+    sides, drawn = [], {}
     for backend, name in SIDES.items():
-        model = build_model(ModelConfig(len(vocabulary)), backend, seed=0)
+        model = build_model(ModelConfig(V, H, layers), backend, "orthogonal", seed=0).eval()
 
         def run(model=model):
-            return list(stream(model, vocabulary, "The ", length, seed=0, streams=streams))
+            return step(model, tokens, None, uniforms, SampleOptions())[0]
 
-        drawn[name] = torch.cat(run())
+        with torch.no_grad():
+            assert (why_stepwise(model) is None) == (backend == "fast")
+            drawn[name] = run()
         sides.append(Side(name, run))
     assert torch.equal(drawn["module"], drawn["nn.RNN"])
-    shape = Shape(streams, length, len(vocabulary), 128)
-    side_by_side("charlm sampling 2x128", shape, sides, characters=streams * length)
+    shape = Shape(streams, N, V, H)
+    side_by_side(f"charlm sampling {layers}x{H}", shape, sides, characters=N * streams)

@@ -70,6 +70,66 @@ def rnn_layer(
     return y, h_n
 
 
+def generate(
+    tokens: Tensor,
+    state: Tensor | None,
+    params: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    uniforms: Tensor,
+    mode: str,
+    has_biases: bool,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """N characters for S streams in one call: a step of every layer, a linear head, a draw.
+
+    Args:
+        tokens: ``(S)`` int64, the last characters so far, which ``state`` has not seen.
+        state: ``(layers, S, H)``; zeros when None.
+        params: the weights of a stack of one direction, as nn.RNN orders them.
+        head_weight: ``(V, H)``.
+        head_bias: ``(V)``, or None.
+        uniforms: ``(N, S)`` in [0, 1), float32 or the dtype of the weights: where each draw
+            inverts the cumulative distribution.
+        mode: one of :data:`MODES`' values.
+        has_biases: whether ``params`` has four tensors for a layer, or two.
+        temperature: divides the scores; 0 takes the best one, the first of equals.
+        top_k: only the k best scores, and ties with the last of them; 0: all.
+        top_p: only the fewest characters, best first, whose probabilities reach p; 1: all.
+
+    Returns:
+        ``(drawn, state)``: ids ``(N, S)``, and the state before the last of them was seen, so that
+        calls can follow one another. No gradient flows through it.
+
+    Raises:
+        IndexError: a token is outside ``[0, V)``; the message names it.
+        ValueError: an option or a uniform number is out of range, or dtypes differ.
+        RuntimeError: shapes or devices do not go together.
+        NotImplementedError: the dtype or the device has no kernel (see :func:`generates`).
+    """
+    drawn, h_n = torch.ops.charrnn_fast.generate.default(
+        tokens,
+        state,
+        list(params),
+        head_weight,
+        head_bias,
+        uniforms,
+        mode,
+        has_biases,
+        temperature,
+        top_k,
+        top_p,
+    )
+    return drawn, h_n
+
+
+def generates(weight: Tensor) -> bool:
+    """Whether :func:`generate` has a kernel for weights of this dtype on this device."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
 # Raises with the message where the condition is false, or is a guard where it is symbolic.
 _check: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
 
@@ -152,7 +212,27 @@ def _rnn_layer_backward_fake(
     return grads
 
 
+def _generate_fake(
+    tokens: Tensor,
+    state: Tensor | None,
+    params: list[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    uniforms: Tensor,
+    mode: str,
+    has_biases: bool,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(tokens, state, *params, head_weight, head_bias, uniforms)
+    layers = len(params) // (4 if has_biases else 2)
+    drawn = tokens.new_empty(tuple(uniforms.shape))
+    return drawn, params[0].new_empty((layers, uniforms.shape[1], params[0].shape[0]))
+
+
 torch.library.register_fake("charrnn_fast::rnn_layer", _rnn_layer_fake)
+torch.library.register_fake("charrnn_fast::generate", _generate_fake)
 torch.library.register_fake("charrnn_fast::rnn_layer_backward", _rnn_layer_backward_fake)
 
 

@@ -97,20 +97,25 @@ ALWAYS_INLINE Vec<scalar> tanh(Vec<scalar> x) {
   return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(result) | sign_bit<scalar>(x));
 }
 
-// With e = exp(-|x|): 1/(1+e) for x >= 0, e/(1+e) below, so that tiny results keep their digits.
+// exp(x) for x <= 0. A NaN stays.
 template <typename scalar>
-ALWAYS_INLINE Vec<scalar> sigmoid(Vec<scalar> x) {
-  const Vec<scalar> one = broadcast(scalar{1});
-  const Vec<scalar> limit = broadcast(ExpConstants<scalar>::kExpUnderflows);
-  Vec<scalar> z = magnitude<scalar>(x);
-  z = select<scalar>(z > limit, limit, z);
+ALWAYS_INLINE Vec<scalar> exp_of_nonpositive(Vec<scalar> x) {
+  const Vec<scalar> limit = broadcast(-ExpConstants<scalar>::kExpUnderflows);
+  x = select<scalar>(x < limit, limit, x);
   Vec<scalar> magic_plus_n;
-  const Vec<scalar> p = reduced_expm1<scalar>(-z, magic_plus_n);
+  const Vec<scalar> p = reduced_expm1<scalar>(x, magic_plus_n);
   const Vec<Bits<scalar>> n = bit_cast<Vec<Bits<scalar>>>(magic_plus_n) -
                               bit_cast<Vec<Bits<scalar>>>(broadcast(ExpConstants<scalar>::kMagic));
   // 2^n may be denormal: scale in two steps.
   const Vec<Bits<scalar>> half = n >> 1;
-  const Vec<scalar> e = (one + p) * power_of_two<scalar>(half) * power_of_two<scalar>(n - half);
+  return (broadcast(scalar{1}) + p) * power_of_two<scalar>(half) * power_of_two<scalar>(n - half);
+}
+
+// With e = exp(-|x|): 1/(1+e) for x >= 0, e/(1+e) below, so that tiny results keep their digits.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> sigmoid(Vec<scalar> x) {
+  const Vec<scalar> one = broadcast(scalar{1});
+  const Vec<scalar> e = exp_of_nonpositive<scalar>(-magnitude<scalar>(x));
   return select<scalar>(x < broadcast(scalar{0}), e, one) / (one + e);
 }
 

@@ -758,5 +758,6 @@ inline void bfloat16_backward(const BackwardArgs<bfloat16>& args, const Team& te
   }
 }
 
-constexpr Kernels<bfloat16> kBFloat16Kernels = {bfloat16_forward_workspace, bfloat16_forward,
-                                                bfloat16_backward_workspace, bfloat16_backward};
+constexpr Kernels<bfloat16> kBFloat16Kernels = {
+    bfloat16_forward_workspace, bfloat16_forward, bfloat16_backward_workspace,
+    bfloat16_backward,          nullptr,          nullptr};

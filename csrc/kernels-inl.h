@@ -6,8 +6,10 @@
 #include "sequences-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
+#include "generate-inl.h"
 // clang-format on
 
 template <typename scalar>
-constexpr Kernels<scalar> kernels = {forward_workspace<scalar>, forward<scalar>,
-                                     backward_workspace<scalar>, backward<scalar>};
+constexpr Kernels<scalar> kernels = {forward_workspace<scalar>,  forward<scalar>,
+                                     backward_workspace<scalar>, backward<scalar>,
+                                     generate_workspace<scalar>, generate<scalar>};

@@ -102,6 +102,35 @@ struct BackwardArgs {
   void* workspace;     // backward_workspace(args, team size) bytes, 64-byte aligned
 };
 
+// Characters drawn one after the other, by S streams side by side: a step of every layer from the
+// character before, the scores of the head, a draw. Of arrays with streams side by side, a call may
+// be given some columns: `ld` streams lie in a row.
+template <typename scalar>
+struct GenerateArgs {
+  int64_t N, S, V, H;  // characters to draw, streams, size of the vocabulary, hidden units
+  int64_t layers;
+  int64_t ld;
+  Activation activation;
+  const scalar* const* W_ih;  // [layers] of [H, V] for the first one, [H, H] for the others
+  const scalar* const* W_hh;  // [layers] of [H, H]
+  const scalar* const* b_ih;  // [layers] of [H], or null
+  const scalar* const* b_hh;  // [layers] of [H], or null
+  const scalar* W_out;        // [V, H]
+  const scalar* b_out;        // [V] or null
+  double temperature;         // divides the scores; 0: always the best
+  int64_t top_k;              // only the k best, and ties with the last of them; 0: all
+  double top_p;               // only the fewest whose probabilities reach p; 1: all
+  const scalar* uniforms;     // [N, S] in [0, 1)
+  const int64_t* tokens;      // [S] the characters to go on from, in [0, V)
+  scalar* state;              // [layers, S, H]; read, and left as it was before the last character
+  int64_t* drawn;             // [N, S]; aliases nothing
+  bool (*stop)(
+      void* state);  // asked every kStopProducts multiply-adds: true ends the call; or null
+  void* stop_state;
+  void* workspace;  // generate_workspace(args) bytes, 64-byte aligned
+};
+constexpr int64_t kStopProducts = int64_t{1} << 28;  // some hundredths of a second
+
 // The kernels of one ISA for one dtype.
 template <typename scalar>
 struct Kernels {
@@ -109,6 +138,8 @@ struct Kernels {
   void (*forward)(const ForwardArgs<scalar>&, const Team&);
   size_t (*backward_workspace)(const BackwardArgs<scalar>&, int team_size);
   void (*backward)(const BackwardArgs<scalar>&, const Team&);
+  size_t (*generate_workspace)(const GenerateArgs<scalar>&);  // null for bfloat16
+  void (*generate)(const GenerateArgs<scalar>&);
 };
 
 // One ISA. The table of them, best first, is in dispatch.cpp.

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from charrnn_fast import RNN, ops
 
 from .data import to_tensor
 from .errors import UsageError
-from .model import CharRNN
+from .model import CharRNN, Head
 from .vocabulary import OnUnknown, Vocabulary
 
 
@@ -40,7 +42,7 @@ class SampleOptions:
 
 def draw(logits: Tensor, uniforms: Tensor, options: SampleOptions) -> Tensor:
     """One id for each row of ``logits [S, V]``, by a uniform number of [0, 1) each ``[S]``."""
-    if options.temperature == 0:
+    if options.temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
     if 0 < options.top_k < logits.shape[-1]:
         least = logits.topk(options.top_k, dim=-1).values[:, -1:]
@@ -49,9 +51,11 @@ def draw(logits: Tensor, uniforms: Tensor, options: SampleOptions) -> Tensor:
     weights = ((logits - best) / options.temperature).exp()
     if options.top_p < 1:
         falling, order = weights.sort(dim=-1, descending=True, stable=True)
-        before = falling.cumsum(-1) - falling
-        dropped = before >= options.top_p * weights.sum(-1, keepdim=True)
-        weights = weights.masked_fill(dropped.gather(-1, order.argsort(-1)), 0)
+        reached = falling.cumsum(-1)
+        before = reached.roll(1, -1)
+        before[:, 0] = -1  # the best one stays, however small p is
+        falling = falling.masked_fill(before >= options.top_p * reached[:, -1:], 0)
+        weights = weights.scatter(-1, order, falling)
     total = weights.cumsum(-1)
     chosen = (total <= uniforms[:, None] * total[:, -1:]).sum(-1)
     # Rounding may put u * total at total itself: the last character that has any weight is meant.
@@ -66,7 +70,23 @@ def step(
 
     ``tokens [S]`` are the last characters so far, not yet seen by the model whose state is given.
     The returned state has not seen the last row drawn, so that calls can follow one another.
+
+    One op does all of it unless ``why_stepwise`` says otherwise; the loop here is its reference.
     """
+    if why_stepwise(model) is None:
+        return ops.generate(
+            tokens,
+            state,
+            model.rnn._current_weights(),  # type: ignore[operator]
+            model.head.weight,
+            model.head.bias,
+            uniforms,
+            model.rnn.mode,
+            model.rnn.bias,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+        )
     drawn = []
     for row in uniforms:
         logits, state = model(tokens[None], state)
@@ -74,6 +94,29 @@ def step(
         drawn.append(tokens)
     assert state is not None
     return torch.stack(drawn), state
+
+
+def why_stepwise(model: CharRNN) -> str | None:
+    """Why ``step`` calls the model for every character; None where one op does it all."""
+    parts = [model, model.rnn, model.dropout, model.head]
+    weights = [*model.rnn.parameters(), *model.head.parameters()]
+    if [type(part) for part in parts] != [CharRNN, RNN, nn.Dropout, Head]:
+        return "the model is not a CharRNN of a charrnn_fast.RNN"
+    if model.rnn.bidirectional or model.rnn.batch_first:
+        return "the recurrent module is bidirectional or has the batch first"
+    if any(part.training for part in parts):
+        return "the model is in training mode"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "a module has hooks"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if any(type(weight) is not nn.Parameter for weight in weights):
+        return "a weight is no plain tensor"
+    if not ops.generates(weights[0]):
+        return f"there is no kernel for {weights[0].dtype} on {weights[0].device.type}"
+    if torch.is_autocast_enabled(weights[0].device.type):
+        return "autocast is on"
+    return None
 
 
 def start_token(vocabulary: Vocabulary) -> int:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from charrnn_fast import ops
 from charrnn_fast.charlm import (
     ByteVocabulary,
     ModelConfig,
@@ -15,7 +16,7 @@ from charrnn_fast.charlm import (
     sample,
     stream,
 )
-from charrnn_fast.charlm.sample import draw, write_stream
+from charrnn_fast.charlm.sample import draw, step, why_stepwise, write_stream
 
 VOCABULARY = Vocabulary("\n abcdefghijklmnopqrstuvwxyz")
 
@@ -99,6 +100,58 @@ def test_backends_draw_the_same_characters(how):
     assert fast == reference
     assert len(fast) == 3
     assert all(len(text) == 1000 for text in fast)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: None, None),
+        (lambda model: model.double(), None),
+        (lambda model: model.train(), "training mode"),
+        (lambda model: model.bfloat16(), "no kernel for torch.bfloat16 on cpu"),
+        (lambda model: model.head.register_forward_hook(lambda *_: None), "has hooks"),
+        (lambda model: torch.nn.utils.parametrizations.weight_norm(model.head), "not a CharRNN"),
+        (lambda model: setattr(model.rnn, "batch_first", True), "batch first"),
+    ],
+)
+def test_step_says_how_it_goes(change, reason):
+    """One op serves a plain model in evaluation; for anything else there is a reason."""
+    model = model_of("fast").eval()
+    change(model)
+    with torch.no_grad():
+        said = why_stepwise(model)
+        assert said is None if reason is None else reason in said
+        with torch.autocast("cpu"):
+            assert why_stepwise(model)
+    assert why_stepwise(model)  # gradients are recorded
+    assert "not a CharRNN of a charrnn_fast.RNN" in why_stepwise(model_of("torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_draws_the_same_by_op_and_by_loop(dtype, monkeypatch):
+    """Both ways give the same characters and states; `step` takes the op, once for all of them."""
+    model = model_of("fast").to(dtype).eval()
+    tokens, uniforms, options = torch.tensor([3, 9]), torch.rand(500, 2), SampleOptions(0.9, 8, 0.9)
+    expected, expected_state = step(model, tokens, None, uniforms, options)  # records gradients
+    calls = []
+    generate = ops.generate
+    monkeypatch.setattr(ops, "generate", lambda *args: calls.append(1) or generate(*args))
+    with torch.no_grad():
+        drawn, state = step(model, tokens, None, uniforms, options)
+    assert calls == [1]
+    assert torch.equal(drawn, expected)
+    torch.testing.assert_close(state, expected_state.detach())
+
+
+def test_temperatures_near_zero_are_greedy():
+    """Too small to divide by: the limit, the best character."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert draw(logits, torch.tensor([0.5]), SampleOptions(1e-42)).item() == 1
+
+
+def test_the_best_character_stays_for_any_top_p():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert draw(logits, torch.tensor([0.999]), SampleOptions(top_p=1e-60)).item() == 1
 
 
 def test_seed_decides(backend):

@@ -1,0 +1,238 @@
+// The op `generate`: characters drawn one after the other in one call.
+#include <ATen/Parallel.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <thread>
+
+#include "layer.h"
+
+namespace charrnn_fast {
+namespace {
+
+using at::Tensor;
+
+// Lets Ctrl-C end a long call. The kernels ask on every thread; Python is asked by the one that
+// called, as only the main thread handles signals.
+class Interruption {
+ public:
+  static bool asked(void* self) { return static_cast<Interruption*>(self)->check(); }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  bool check() {
+    if (std::this_thread::get_id() == caller_ && !stopped_.load(std::memory_order_relaxed)) {
+      pybind11::gil_scoped_acquire gil;
+      if (PyErr_CheckSignals() != 0) {
+        error_ = std::make_exception_ptr(pybind11::error_already_set());
+        stopped_.store(true, std::memory_order_relaxed);
+      }
+    }
+    return stopped_.load(std::memory_order_relaxed);
+  }
+
+  const std::thread::id caller_ = std::this_thread::get_id();
+  std::atomic<bool> stopped_{false};
+  std::exception_ptr error_;
+};
+
+struct Sizes {
+  int64_t N, S, V, H, layers;
+  Activation activation;
+};
+
+// RuntimeError for shapes and devices, ValueError for dtypes and options, as rnn_layer.
+Sizes check(const Tensor& tokens, const Optional& state, at::TensorList params,
+            const Tensor& head_weight, const Optional& head_bias, const Tensor& uniforms,
+            std::string_view mode, bool has_biases, double temperature, int64_t top_k,
+            double top_p) {
+  Sizes sizes{};
+  sizes.activation = parse_mode(mode);
+  const size_t per_layer = has_biases ? 4 : 2;
+  TORCH_CHECK(!params.empty() && params.size() % per_layer == 0, "generate: params must hold ",
+              per_layer, " tensors for each layer (has_biases=", has_biases ? "True" : "False",
+              "), got ", params.size());
+  sizes.layers = static_cast<int64_t>(params.size() / per_layer);
+  const Tensor& first = params[0];
+  const auto same = [&](const Tensor& tensor, const char* name) {
+    TORCH_CHECK_VALUE(tensor.scalar_type() == first.scalar_type(), "generate: ", name, " dtype (",
+                      tensor.scalar_type(), ") does not match weight dtype (", first.scalar_type(),
+                      ")");
+    TORCH_CHECK(tensor.device() == first.device(), "generate: ", name, " is on ", tensor.device(),
+                " but weight_ih is on ", first.device());
+    TORCH_CHECK(tensor.layout() == at::kStrided, "generate: ", name, " must be a dense tensor");
+  };
+  const auto shape = [](const Tensor& tensor, const char* name, at::IntArrayRef expected) {
+    TORCH_CHECK(tensor.sizes() == expected, "generate: Expected ", name, " of size ", expected,
+                ", got ", tensor.sizes());
+  };
+  TORCH_CHECK(first.dim() == 2, "generate: weight_ih must have 2 dimensions, got ", first.dim());
+  sizes.H = first.size(0);
+  sizes.V = first.size(1);
+  TORCH_CHECK(sizes.H > 0 && sizes.V > 0, "generate: weight_ih must not be empty, got size ",
+              first.sizes());
+  for (size_t i = 0; i < params.size(); ++i) {
+    static constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+    const size_t kind = i % per_layer;
+    same(params[i], kNames[kind]);
+    if (kind >= 2) {
+      shape(params[i], kNames[kind], {sizes.H});
+    } else {
+      shape(params[i], kNames[kind], {sizes.H, i == 0 ? sizes.V : sizes.H});
+    }
+  }
+  same(head_weight, "head_weight");
+  shape(head_weight, "head_weight", {sizes.V, sizes.H});
+  if (head_bias.has_value()) {
+    same(*head_bias, "head_bias");
+    shape(*head_bias, "head_bias", {sizes.V});
+  }
+  TORCH_CHECK(uniforms.dim() == 2, "generate: uniforms must have 2 dimensions [N, S], got ",
+              uniforms.dim());
+  if (uniforms.scalar_type() != at::kFloat) same(uniforms, "uniforms");
+  TORCH_CHECK(uniforms.device() == first.device(), "generate: uniforms are on ", uniforms.device(),
+              " but weight_ih is on ", first.device());
+  sizes.N = uniforms.size(0);
+  sizes.S = uniforms.size(1);
+  TORCH_CHECK_VALUE(tokens.scalar_type() == at::kLong, "generate: tokens must be int64, got ",
+                    tokens.scalar_type());
+  TORCH_CHECK(tokens.device() == first.device(), "generate: tokens are on ", tokens.device(),
+              " but weight_ih is on ", first.device());
+  shape(tokens, "tokens", {sizes.S});
+  if (state.has_value()) {
+    same(*state, "state");
+    shape(*state, "state", {sizes.layers, sizes.S, sizes.H});
+  }
+  TORCH_CHECK_VALUE(temperature >= 0 && temperature < std::numeric_limits<double>::infinity(),
+                    "generate: temperature must be 0 or more, got ", temperature);
+  TORCH_CHECK_VALUE(top_k >= 0, "generate: top_k must be 0 (all) or more, got ", top_k);
+  TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "generate: top_p must be in (0, 1], got ", top_p);
+  return sizes;
+}
+
+template <typename scalar>
+void check_values(const Tensor& tokens, const Tensor& uniforms, const Sizes& sizes) {
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s < sizes.S; ++s) {
+    TORCH_CHECK_INDEX(token[s] >= 0 && token[s] < sizes.V, "generate: token id ", token[s],
+                      " is out of range: the vocabulary has ", sizes.V, " (stream ", s, ")");
+  }
+  const scalar* u = uniforms.const_data_ptr<scalar>();
+  const auto good = [](scalar value) { return value >= 0 && value < 1; };  // false for a NaN
+  bool bad = false;  // one pass that vectorises; the place is looked for when there is one
+  for (int64_t i = 0; i < sizes.N * sizes.S; ++i) bad |= !good(u[i]);
+  if (!bad) return;
+  const int64_t place = std::find_if_not(u, u + sizes.N * sizes.S, good) - u;
+  TORCH_CHECK_VALUE(false, "generate: uniforms must lie in [0, 1), got ", u[place], " at [",
+                    place / sizes.S, ", ", place % sizes.S, "]");
+}
+
+template <typename scalar>
+const Kernels<scalar>& kernels() {
+  if constexpr (std::is_same_v<scalar, float>) {
+    return *isa().f32;
+  } else {
+    return *isa().f64;
+  }
+}
+
+template <typename scalar>
+void generate(const Sizes& sizes, const Tensor& tokens, const std::vector<Tensor>& params,
+              const Tensor& head_weight, const Optional& head_bias, const Tensor& uniforms,
+              bool has_biases, double temperature, int64_t top_k, double top_p, Tensor& drawn,
+              Tensor& state) {
+  check_values<scalar>(tokens, uniforms, sizes);
+  const size_t per_layer = has_biases ? 4 : 2;
+  std::array<std::vector<const scalar*>, 4> weights;  // of each kind, by layer
+  for (size_t i = 0; i < params.size(); ++i) {
+    weights[i % per_layer].push_back(params[i].const_data_ptr<scalar>());
+  }
+  Interruption interruption;
+  const Kernels<scalar>& table = kernels<scalar>();
+  const auto run = [&](int64_t first, int64_t last) {
+    GenerateArgs<scalar> args = {
+        .N = sizes.N,
+        .S = last - first,
+        .V = sizes.V,
+        .H = sizes.H,
+        .layers = sizes.layers,
+        .ld = sizes.S,
+        .activation = sizes.activation,
+        .W_ih = weights[0].data(),
+        .W_hh = weights[1].data(),
+        .b_ih = has_biases ? weights[2].data() : nullptr,
+        .b_hh = has_biases ? weights[3].data() : nullptr,
+        .W_out = head_weight.const_data_ptr<scalar>(),
+        .b_out = head_bias.has_value() ? head_bias->const_data_ptr<scalar>() : nullptr,
+        .temperature = temperature,
+        .top_k = top_k,
+        .top_p = top_p,
+        .uniforms = uniforms.const_data_ptr<scalar>() + first,
+        .tokens = tokens.const_data_ptr<int64_t>() + first,
+        .state = state.mutable_data_ptr<scalar>() + first * sizes.H,
+        .drawn = drawn.mutable_data_ptr<int64_t>() + first,
+        .stop = Interruption::asked,
+        .stop_state = &interruption,
+        .workspace = nullptr,
+    };
+    const Tensor workspace =
+        at::empty({static_cast<int64_t>(table.generate_workspace(args))}, at::kByte);
+    args.workspace = workspace.mutable_data_ptr();
+    table.generate(args);
+  };
+  // Streams are independent, and draw the same whoever draws beside them. A thread is worth waking
+  // for some tens of microseconds.
+  const int64_t products = sizes.N * sizes.H * ((2 * sizes.layers - 1) * sizes.H + sizes.V);
+  const int64_t grain = std::max<int64_t>(4, (int64_t{1} << 21) / std::max<int64_t>(products, 1));
+  at::parallel_for(0, sizes.S, grain, run);
+  interruption.rethrow();
+}
+
+Pair generate_cpu(const Tensor& tokens_, const Optional& state_, at::TensorList params_,
+                  const Tensor& head_weight_, const Optional& head_bias_, const Tensor& uniforms_,
+                  std::string_view mode, bool has_biases, double temperature, int64_t top_k,
+                  double top_p) {
+  const at::NoGradGuard no_grad;  // what is drawn has no gradient
+  const Sizes sizes = check(tokens_, state_, params_, head_weight_, head_bias_, uniforms_, mode,
+                            has_biases, temperature, top_k, top_p);
+  const auto dtype = params_[0].scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble,
+                              "generate: weights must be float32 or float64, got ", dtype);
+  const Tensor tokens = tokens_.contiguous(), head_weight = head_weight_.contiguous();
+  const Tensor uniforms = uniforms_.to(dtype).contiguous();
+  const Optional head_bias =
+      head_bias_.has_value() ? Optional(head_bias_->contiguous()) : std::nullopt;
+  std::vector<Tensor> params;
+  for (const Tensor& param : params_) params.push_back(param.contiguous());
+  Tensor state = state_.has_value()
+                     ? state_->clone(at::MemoryFormat::Contiguous)
+                     : at::zeros({sizes.layers, sizes.S, sizes.H}, params[0].options());
+  Tensor drawn = at::empty({sizes.N, sizes.S}, tokens.options());
+  const auto call = dtype == at::kFloat ? generate<float> : generate<double>;
+  call(sizes, tokens, params, head_weight, head_bias, uniforms, has_biases, temperature, top_k,
+       top_p, drawn, state);
+  return {drawn, state};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(charrnn_fast, m) {
+  m.def(
+      "generate(Tensor tokens, Tensor? state, Tensor[] params, Tensor head_weight, "
+      "Tensor? head_bias, Tensor uniforms, str mode, bool has_biases, float temperature=1.0, "
+      "int top_k=0, float top_p=1.0) -> (Tensor drawn, Tensor h_n)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) { m.impl("generate", TORCH_FN(generate_cpu)); }
+
+TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {
+  m.impl("generate", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace charrnn_fast
