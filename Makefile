@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
 .PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
-  sanitize-module test-clang test-neon test-baseline test-install fuzz soak dist clean
+  sanitize-module test-clang test-neon test-baseline test-gpu bench-gpu test-install fuzz soak dist clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -147,6 +147,13 @@ sanitize-module: $(VENV)/.installed
 test-clang: $(VENV)/.installed
 	$(call built_apart,clang,CXX=clang++ CHARRNN_FAST_CXXFLAGS=-Werror)
 	cd build/clang && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
+
+# What only a device can tell. Without one they say so and fail: nothing was tested.
+test-gpu: $(BUILT)
+	@$(BIN)/python tests/cuda/gpu.py test
+
+bench-gpu: $(BUILT)
+	@$(BIN)/python tests/cuda/gpu.py bench
 
 # Random calls of RNN and nn.RNN, which must agree: make fuzz CASES=100000 SEED=1
 SEED ?= 0

@@ -1,7 +1,8 @@
 """Builds charrnn_fast._C. Everything else about the package is in pyproject.toml.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA=1|0 (build the
-CUDA sources, or not; they are left out unless asked for, as no device has run them yet),
+CUDA sources, or not; without it, where torch is a CUDA build and nvcc is there),
+CHARRNN_FAST_CUDA_ARCHS (compute capabilities, "75 80 90 100"; the last also as PTX),
 CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
 CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
 sanitizer builds use them), CHARRNN_FAST_VARIANT (ends the name of the folder of objects, so that a
@@ -68,13 +69,29 @@ def isa_sources():
     return {path: ISA_FLAGS[isa].split() for isa, path in paths.items() if os.path.exists(path)}
 
 
+def cuda_home():
+    """The folder of a toolkit that has nvcc and the static runtime, or None."""
+    on_path = os.path.realpath(shutil.which("nvcc") or "")
+    homes = [os.environ.get("CUDA_HOME"), os.path.dirname(os.path.dirname(on_path))]
+    for home in [*homes, "/usr/local/cuda"]:
+        if home and all(
+            os.path.exists(os.path.join(home, path))
+            for path in ("bin/nvcc", "lib64/libcudart_static.a")
+        ):
+            return home
+    return None
+
+
 def with_cuda():
     """Whether the CUDA sources are part of this build."""
     forced = os.environ.get("CHARRNN_FAST_CUDA", "")
     if forced not in ("", "0", "1"):
         sys.exit(f"error: CHARRNN_FAST_CUDA must be 1 or 0, not {forced!r}.")
-    # Until they have been linked and run on a device, they are built on request only.
-    return HAVE_TORCH and forced == "1" and bool(glob.glob("csrc/cuda/*.cu"))
+    if forced == "0" or not HAVE_TORCH or not glob.glob("csrc/cuda/*.cu"):
+        return False
+    if forced == "1" and cuda_home() is None:
+        sys.exit("error: CHARRNN_FAST_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME.")
+    return cuda_home() is not None and (forced == "1" or torch.version.cuda is not None)
 
 
 def extension():
@@ -83,21 +100,23 @@ def extension():
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
     if not HAVE_TORCH:
         return Extension("charrnn_fast._C", sources, depends=headers)
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension
 
     cuda = with_cuda()
     if cuda:
-        sources += sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
-    ext = (CUDAExtension if cuda else CppExtension)("charrnn_fast._C", sources)
+        sources += sorted(glob.glob("csrc/cuda/*.cpp"))
+        headers += sorted(glob.glob("csrc/cuda/*.cu*"))
+    ext = CppExtension("charrnn_fast._C", sources)
     # torch's headers are not ours to warn about.
     system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
     ext.include_dirs = [os.path.abspath("csrc")]
     # at::parallel_for is serial, without a word, where OpenMP is not on.
-    ext.extra_compile_args = {
-        "cxx": [*CXX_FLAGS, "-fopenmp", *system, *EXTRA_CXX_FLAGS],
-        "nvcc": ["-O3", "-std=c++20", *system],
-    }
+    ext.extra_compile_args = {"cxx": [*CXX_FLAGS, "-fopenmp", *system, *EXTRA_CXX_FLAGS]}
     ext.extra_link_args = ["-fopenmp", *LD_FLAGS, *EXTRA_LD_FLAGS]
+    if cuda:
+        # The static runtime: it is ours alone, and works beside a torch built without CUDA.
+        ext.library_dirs.append(os.path.join(cuda_home(), "lib64"))
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
     ext.depends = [*headers, *isa_sources(), "setup.py"]
     return ext
 
@@ -162,10 +181,26 @@ if HAVE_TORCH:
                     extra_postargs=[*CXX_FLAGS, *flags, *EXTRA_CXX_FLAGS],
                 )
 
+            # Without torch's CUDAExtension, which needs a torch that was built with CUDA: the kernels
+            # include no header of torch.
+            def build_cuda(source):
+                name = os.path.splitext(os.path.basename(source))[0]
+                out = os.path.abspath(os.path.join(self.build_temp, f"cuda_{name}.o"))
+                archs = os.environ.get("CHARRNN_FAST_CUDA_ARCHS", "75 80 90 100").split()
+                flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+                flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+                host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+                nvcc = os.path.join(cuda_home(), "bin", "nvcc")
+                os.makedirs(self.build_temp, exist_ok=True)
+                self.spawn([nvcc, "-O3", "-std=c++20", *flags, *host, "-c", source, "-o", out])
+                return out
+
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs if self.use_ninja else 1) as pool:
                 for objects in pool.map(build_isa, isa_sources().items()):
                     ext.extra_objects += objects
+                if with_cuda():
+                    ext.extra_objects += pool.map(build_cuda, sorted(glob.glob("csrc/cuda/*.cu")))
             super().build_extension(ext)
             with open(self.version_file(self.build_lib), "w", encoding="ascii") as file:
                 file.write(torch.__version__ + "\n")

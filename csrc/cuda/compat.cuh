@@ -55,6 +55,26 @@ __device__ inline uint16_t to_float16(float value) {
   return bits;
 }
 
+// Two numbers of 16 bits, the lower first. Volatile, or the compiler would unpack all weights before
+// the loop over steps, in twice the registers.
+__device__ inline float2 unpack_float16(unsigned bits) {
+  float2 two;
+  asm volatile(
+      "{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(bits));
+  return two;
+}
+__device__ inline float2 unpack_bfloat16(unsigned bits) {
+  float2 two;
+  asm volatile(
+      "{.reg .b32 low, high; shl.b32 low, %2, 16; and.b32 high, %2, 0xffff0000;"
+      " mov.b32 %0, low; mov.b32 %1, high;}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(bits));
+  return two;
+}
+
 __device__ inline unsigned bits_of(float value) { return __float_as_uint(value); }
 __device__ inline float float_of(unsigned bits) { return __uint_as_float(bits); }
 

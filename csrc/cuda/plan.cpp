@@ -26,7 +26,7 @@ double float_lanes(const DeviceLimits& limits) {
 }
 
 int block_bytes(const Tile& tile, int rows) {
-  return 2 * rows * tile.width() * 4 + (rows + 1) / 2 * 16 + 16 + tile.weight_bytes();
+  return 2 * rows * tile.width() * 4 + (rows + 1) / 2 * 16 + tile.weight_bytes();
 }
 
 int block_tile(int64_t H, Dtype dtype, const DeviceLimits& limits, int rows) {
@@ -105,7 +105,7 @@ Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
         plan.shared_bytes = kStagedRows * tile.width() * 4 + tile.weight_bytes();
         if (plan.blocks_in_group > limits.multiprocessors ||
             plan.shared_bytes > limits.shared_per_block) {
-          return plan;
+          continue;
         }
         // A block of 255 registers a thread has a multiprocessor for itself, and all must be
         // resident.

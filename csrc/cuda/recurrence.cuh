@@ -11,9 +11,7 @@
 
 namespace charrnn_fast::cuda {
 
-// Four weights as they are kept: as float32, or packed in 16 bits each. Unpacking mixes in a zero
-// that the compiler does not know: else it unpacks all of them before the loop over steps, and
-// spills.
+// Four weights as they are kept: as float32, or packed in 16 bits each.
 struct alignas(8) PackedFloat16 {
   unsigned bits[2];
 };
@@ -21,16 +19,14 @@ struct alignas(8) PackedBFloat16 {
   unsigned bits[2];
 };
 
-__device__ inline float4 unpack(const float4& w, unsigned) { return w; }
-__device__ inline float4 unpack(const PackedFloat16& w, unsigned zero) {
-  const unsigned a = w.bits[0] ^ zero, b = w.bits[1] ^ zero;
-  return {from_float16(static_cast<uint16_t>(a)), from_float16(static_cast<uint16_t>(a >> 16)),
-          from_float16(static_cast<uint16_t>(b)), from_float16(static_cast<uint16_t>(b >> 16))};
+__device__ inline float4 unpack(const float4& w) { return w; }
+__device__ inline float4 unpack(const PackedFloat16& w) {
+  const float2 a = unpack_float16(w.bits[0]), b = unpack_float16(w.bits[1]);
+  return {a.x, a.y, b.x, b.y};
 }
-__device__ inline float4 unpack(const PackedBFloat16& w, unsigned zero) {
-  const unsigned a = w.bits[0] ^ zero, b = w.bits[1] ^ zero;
-  return {float_of(a << 16), float_of(a & 0xffff0000u), float_of(b << 16),
-          float_of(b & 0xffff0000u)};
+__device__ inline float4 unpack(const PackedBFloat16& w) {
+  const float2 a = unpack_bfloat16(w.bits[0]), b = unpack_bfloat16(w.bits[1]);
+  return {a.x, a.y, b.x, b.y};
 }
 
 // A thread's place in its block: lane `slice` of those that share outputs, and its first output.
@@ -50,9 +46,8 @@ struct Shape {
 // registers.
 template <typename S, typename Stored>
 struct Weights {
-  Stored held[S::kHeld];
-  const Stored* shared;           // [groups - held][kThreads], at this thread
-  const volatile unsigned* zero;  // packed weights only
+  Stored held[S::kHeld] = {};
+  const Stored* shared;  // [groups - held][kThreads], at this thread
 
   __device__ Stored group(int i) const {
     return i < S::kHeld ? held[i] : shared[(i - S::kHeld) * kThreads];
@@ -81,19 +76,27 @@ __device__ inline void load_weights(const RecurrenceArgs& args, const void* W, b
                                     int64_t j0, int slice, Stored* shared,
                                     Weights<S, Stored>& weights) {
   weights.shared = shared + threadIdx.x;
+  const auto load_at = [&](int c, int m) {
+    return load_group<Stored>(args, W, transposed, j0 + m, (c * S::kSlices + slice) * 4);
+  };
+  // Were this unrolled, the compiler would have all loads in flight at once, each of them in a
+  // register or two beside the 16 bits that it brings, and would spill. So columns are shifted in
+  // one by one.
+  static_assert(S::kHeld % S::kOutputs == 0);
+#pragma unroll 1
+  for (int c = 0; c < S::kHeld / S::kOutputs; ++c) {
 #pragma unroll
-  for (int c = 0; c < S::kQuads; ++c) {
+    for (int i = 0; i < S::kHeld - S::kOutputs; ++i) {
+      weights.held[i] = weights.held[i + S::kOutputs];
+    }
 #pragma unroll
     for (int m = 0; m < S::kOutputs; ++m) {
-      const int i = c * S::kOutputs + m;
-      const Stored group =
-          load_group<Stored>(args, W, transposed, j0 + m, (c * S::kSlices + slice) * 4);
-      if (i < S::kHeld) {
-        weights.held[i] = group;
-      } else {
-        shared[(i - S::kHeld) * kThreads + threadIdx.x] = group;
-      }
+      weights.held[S::kHeld - S::kOutputs + m] = load_at(c, m);
     }
+  }
+#pragma unroll 1
+  for (int i = S::kHeld; i < S::kGroups; ++i) {
+    shared[(i - S::kHeld) * kThreads + threadIdx.x] = load_at(i / S::kOutputs, i % S::kOutputs);
   }
 }
 
@@ -128,7 +131,6 @@ __device__ inline float reduce(float* value, int lane) {
 template <typename S, typename Stored>
 __device__ inline void product(const Weights<S, Stored>& weights, const float* state, int slice,
                                float (&result)[S::kFinished]) {
-  const unsigned zero = std::is_same_v<Stored, float4> ? 0u : *weights.zero;
   float sum[S::kOutputs];
 #pragma unroll
   for (int m = 0; m < S::kOutputs; ++m) sum[m] = 0.0f;
@@ -138,7 +140,7 @@ __device__ inline void product(const Weights<S, Stored>& weights, const float* s
     const float4 s = quad[c * S::kSlices];
 #pragma unroll
     for (int m = 0; m < S::kOutputs; ++m) {
-      const float4 w = unpack(weights.group(c * S::kOutputs + m), zero);
+      const float4 w = unpack(weights.group(c * S::kOutputs + m));
       sum[m] += w.x * s.x;
       sum[m] += w.y * s.y;
       sum[m] += w.z * s.z;
@@ -181,13 +183,13 @@ struct Lane {
   Order order;
   int direction;
   int slice;
-  int64_t j0;
+  int j0;
 
   __device__ bool has(int f) const {
     const int m = slice + f * S::kSlices;
     return m < S::kOutputs && j0 + m < args.H;
   }
-  __device__ int64_t output(int f) const { return j0 + slice + f * S::kSlices; }
+  __device__ int output(int f) const { return j0 + slice + f * S::kSlices; }
 
   // An element of [D, B, H].
   __device__ int64_t state_at(int64_t b, int f) const {
@@ -258,20 +260,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rows = args.rows;
   float* state = reinterpret_cast<float*>(dynamic_shared());
   int64_t* lengths = reinterpret_cast<int64_t*>(state + 2 * rows * S::kWidth);
-  unsigned* zero = reinterpret_cast<unsigned*>(lengths + (rows + 1) / 2 * 2);
-  Stored* weights_at = reinterpret_cast<Stored*>(zero + 4);
+  Stored* weights_at = reinterpret_cast<Stored*>(lengths + (rows + 1) / 2 * 2);
 
   const int direction = args.first_direction + blockIdx.y;
   const int slice = threadIdx.x % S::kSlices;
-  const int64_t j0 = static_cast<int64_t>(threadIdx.x) / S::kSlices * S::kOutputs;
+  const int j0 = static_cast<int>(threadIdx.x) / S::kSlices * S::kOutputs;
   const int64_t b0 = static_cast<int64_t>(blockIdx.x) * rows;
   const int count = static_cast<int>(args.B - b0 < rows ? args.B - b0 : rows);
   const Lane<S, backward> lane = {
       args, {args.T, (direction == 1) != backward}, direction, slice, j0};
 
   Weights<S, Stored> weights;
-  weights.zero = zero;
-  if (threadIdx.x == 0) *zero = 0;
   load_weights<S, Stored>(args, direction == 0 ? args.W_hh[0] : args.W_hh[1], backward, j0, slice,
                           weights_at, weights);
   for (int i = threadIdx.x; i < 2 * rows * S::kWidth; i += kThreads) state[i] = 0.0f;
@@ -307,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int f = 0; f < S::kFinished; ++f) {
         if (!lane.has(f)) continue;
-        const int64_t at = r * S::kWidth + lane.output(f);
+        const int at = r * S::kWidth + lane.output(f);
         after[at] = inputs.runs ? lane.finish(inputs, f, b0 + r, sums[f]) : before[at];
       }
     }
@@ -342,8 +341,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = blockIdx.x / args.blocks_in_group;
   const int groups = gridDim.x / args.blocks_in_group;
   const int slice = threadIdx.x % S::kSlices;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.x) % args.blocks_in_group * S::kBlockOutputs +
-                     static_cast<int64_t>(threadIdx.x) / S::kSlices * S::kOutputs;
+  const int j0 = static_cast<int>(blockIdx.x) % args.blocks_in_group * S::kBlockOutputs +
+                 static_cast<int>(threadIdx.x) / S::kSlices * S::kOutputs;
   const int64_t b0 = static_cast<int64_t>(group) * args.rows;
   const int64_t count = args.B - b0 < args.rows ? args.B - b0 : args.rows;
   const Lane<S, backward> lane = {

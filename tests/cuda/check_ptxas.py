@@ -2,9 +2,9 @@
 
 usage: check_ptxas.py [--arch 75 80 90 100]
 
-Prints a table of registers, the blocks of 256 threads that they let a multiprocessor have,
-stack and spills; exits with 1 when a kernel has more than ALLOWED bytes of stack. Several of the
-widest tiles do.
+Prints a table of registers, the blocks of 256 threads that they let a multiprocessor have, stack
+and spills, and of the shared memory that holds weights; exits with 1 when a kernel of the
+recurrence has a stack frame or spills.
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["recurrence_forward.cu", "recurrence_backward.cu", "elementwise.cu", "generate.cu"]
-# Bytes of stack that a kernel may have.
-ALLOWED = 16
+HOT = ("block", "grid")  # the kernels that run once a step or more
 
 
 def find_nvcc():
@@ -55,6 +54,18 @@ def demangled(symbol):
     return re.search(rf"\d({names})E", symbol).group(1)
 
 
+def weights_in_shared(name):
+    """Bytes of weights that a tile keeps in shared memory, from rnn_cuda.h; None: no tile."""
+    design = name.split()[0]
+    if design not in HOT:
+        return None
+    header = (ROOT / "csrc/cuda/rnn_cuda.h").read_text()
+    table = header.split(f"k{design.capitalize()}Tiles[] = {{")[1].split("};")[0]
+    row = re.findall(r"\{\d+, (\d+), (\d+), (\d+), (\w+)\}", table)[int(name.split()[3])]
+    outputs, quads, held = map(int, row[:3])
+    return (outputs * quads - held) * (8 if row[3] == "true" else 16) * 256
+
+
 def kernels(text):
     """(name, registers, stack, spilled bytes) of each kernel in ptxas' output."""
     for part in text.split("Compiling entry function '")[1:]:
@@ -81,18 +92,21 @@ def main():
                     compile_one(nvcc, source, arch, folder)
                 ):
                     table.setdefault(name, {})[arch] = (registers, stack, spills)
-                    if stack > ALLOWED:
+                    if name.startswith(HOT) and (stack or spills):
                         bad.append(f"{name} on sm_{arch}: {stack} bytes of stack, {spills} spilled")
     # Threads come in blocks of 256, and registers of a thread in eights.
-    print("| kernel | " + " | ".join(f"sm_{arch}" for arch in options.arch) + " |")
-    print("|---|" + "---|" * len(options.arch))
+    heads = ["kernel", *(f"sm_{arch}" for arch in options.arch), "weights in shared memory"]
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
     for name, row in table.items():
         cells = []
+        shared = weights_in_shared(name)
         for arch in options.arch:
             registers, stack, spills = row[arch]
             blocks = 65536 // (256 * -(-registers // 8) * 8)
             note = f", {stack} B stack, {spills} B spilled" if stack or spills else ""
             cells.append(f"{registers} ({blocks}){note}")
+        cells.append("" if shared is None else f"{shared // 1024} KB")
         print(f"| {name} | " + " | ".join(cells) + " |")
     for line in bad:
         print("FAIL", line)

@@ -9,8 +9,6 @@
 // arrive/arrivals, start and end of a launch), not at shuffles.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -19,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -26,16 +25,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "fibers.h"
 
 #define __global__
 #define __device__
@@ -47,13 +37,17 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 
 namespace emulator {
 
-// kUneven: each warp has a random precedence and goes on as far as it can, before and after others.
+// kUneven: each warp has a random precedence and goes on as far as it can, before and after others;
+// threads that spin look again at every turn, or (odd seeds) only when nobody else can go on.
 enum class Order { kForward, kReverse, kRandom, kUneven };
 
 // What a run is to look like, and what it found.
@@ -66,138 +60,35 @@ struct Settings {
   bool refuse_launch = false;     // as when the device cannot
   int resident_blocks = 1 << 30;  // a cooperative launch of more fails, as on a device
   std::set<int> sites;            // source lines of the barriers that were met
-  int64_t switches = 0;
+  int64_t turns = 0;
   int64_t launches = 0;
   int64_t cooperative_launches = 0;
   std::string fault;  // the first fault found; empty: none
 };
 inline Settings settings;
 
-// The emulator's own memory is shared by fibers without any order that CUDA promises:
-// ThreadSanitizer is not to look at it. Whoever switches to another context is within one such
-// scope, which switch_context suspends: a fiber that never comes back must not leave one open.
-#if defined(__SANITIZE_THREAD__)
-#define CHARRNN_FAST_NO_TSAN __attribute__((no_sanitize_thread, noinline))
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
-}
-struct Unobserved {
-  static void begin() {
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
-  static void end() {
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-  }
-  Unobserved() { begin(); }
-  ~Unobserved() { end(); }
-};
-#else
-#define CHARRNN_FAST_NO_TSAN
-struct Unobserved {
-  Unobserved() {}
-};
-#endif
-
 inline void report(const std::string& fault) {
   if (settings.fault.empty()) settings.fault = fault;
 }
 
-// ---- Fibers
-
-struct Fiber;
-inline Fiber* current = nullptr;
-void fiber_main();
-
-struct Context {
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-#if defined(__SANITIZE_THREAD__)
-  void* tsan = nullptr;
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack = nullptr;
-#endif
-  void* bottom = nullptr;
-  size_t size = 0;
-};
-
-#if defined(__x86_64__)
-// Saves the registers a callee must keep, and the two control words.
-extern "C" void charrnn_fast_switch(void** from, void* to);
-asm(R"(
-.text
-.weak charrnn_fast_switch
-.type charrnn_fast_switch,@function
-charrnn_fast_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size charrnn_fast_switch,.-charrnn_fast_switch
-)");
-#endif
-
-CHARRNN_FAST_NO_TSAN inline void switch_context(Context& from, Context& to, bool ending = false) {
-  ++settings.switches;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(ending ? nullptr : &from.fake_stack, to.bottom, to.size);
-#else
-  (void)ending;
-#endif
-#if defined(__SANITIZE_THREAD__)
-  Unobserved::end();
-  __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
-#endif
-#if defined(__x86_64__)
-  charrnn_fast_switch(&from.stack_pointer, to.stack_pointer);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  Unobserved::begin();
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
-}
+// ---- Threads
 
 struct Block;
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
 
+inline void fiber_main();
+
+// Runs one CUDA thread after the other.
 struct Fiber {
-  Context context;
+  Context context{fiber_main};
   Block* block = nullptr;
   unsigned thread = 0;
   State state = State::kReady;
-  int site = 0;      // where it waits
   int shuffles = 0;  // done so far
   bool spinning = false;
   unsigned precedence = 0;
-#if defined(__SANITIZE_THREAD__)
-  ~Fiber() {
-    if (context.tsan != nullptr) __tsan_destroy_fiber(context.tsan);
-  }
-#endif
 };
+inline Fiber* current = nullptr;
 
 struct Warp {
   uint32_t slot[2][32];
@@ -211,44 +102,8 @@ struct Block {
   std::vector<Warp> warps;
   char* shared = nullptr;
   int at_barrier = 0;
-  int done = 0;
   int barrier_site = 0;
 };
-
-// Stacks are mapped once and used again; a page below each may not be touched.
-class Stacks {
- public:
-  static constexpr size_t kSize = 64 * 1024, kGuard = 4096;
-  char* take() {
-    if (!free_.empty()) {
-      char* stack = free_.back();
-      free_.pop_back();
-      return stack;
-    }
-    void* memory = mmap(nullptr, kSize + kGuard, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      std::perror("emulator: no memory for a stack");
-      std::abort();
-    }
-    mprotect(memory, kGuard, PROT_NONE);
-    return static_cast<char*>(memory) + kGuard;
-  }
-  void give(char* stack) {
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, kSize);
-#endif
-#if defined(__SANITIZE_THREAD__)
-    munmap(stack - kGuard, kSize + kGuard);  // so that what it saw is forgotten
-#else
-    free_.push_back(stack);
-#endif
-  }
-
- private:
-  std::vector<char*> free_;
-};
-inline Stacks stacks;
 
 struct Machine {
   Context main;
@@ -261,7 +116,8 @@ struct Machine {
 };
 inline Machine* machine = nullptr;
 
-inline void yield_from(Fiber* fiber) { switch_context(fiber->context, machine->main); }
+// Waits until it is this fiber's turn again.
+inline void yield_from(Fiber* fiber) { fiber->context.switch_to(machine->main); }
 
 inline void make_ready(Fiber* fiber) {
   fiber->state = State::kReady;
@@ -269,46 +125,16 @@ inline void make_ready(Fiber* fiber) {
 }
 
 inline void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  // The scheduler's stack is learnt from the first switch.
-  __sanitizer_finish_switch_fiber(nullptr, const_cast<const void**>(&machine->main.bottom),
-                                  &machine->main.size);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&machine->grid);
-#endif
-  machine->kernel();
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(machine);
-#endif
-  Unobserved unobserved;
-  Fiber* self = current;
-  self->state = State::kDone;
-  ++self->block->done;
-  machine->idle = 0;
-  switch_context(self->context, machine->main, true);
-  std::abort();  // nobody comes back
-}
-
-inline void start(Fiber& fiber, char* stack) {
-  fiber.context.bottom = stack;
-  fiber.context.size = Stacks::kSize;
-#if defined(__SANITIZE_THREAD__)
-  fiber.context.tsan = __tsan_create_fiber(0);
-#endif
-#if defined(__x86_64__)
-  // As if fiber_main had been called from nowhere: aligned, and six registers to pop before it.
-  void** top = reinterpret_cast<void**>(stack + Stacks::kSize - 64);
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.context.stack_pointer = top;
-#else
-  getcontext(&fiber.context.context);
-  fiber.context.context.uc_stack.ss_sp = stack;
-  fiber.context.context.uc_stack.ss_size = Stacks::kSize;
-  makecontext(&fiber.context.context, fiber_main, 0);
-#endif
+  Context::entered(machine->main);
+  for (;;) {
+    acquire(&machine->grid);
+    machine->kernel();
+    release(machine);
+    Unobserved unobserved;
+    current->state = State::kDone;
+    machine->idle = 0;
+    yield_from(current);
+  }
 }
 
 // ---- What kernels call
@@ -329,9 +155,7 @@ inline void block_barrier(int site) {
   }
   block->barrier_site = site;
   machine->idle = 0;
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(block);
-#endif
+  release(block);
   if (++block->at_barrier == static_cast<int>(block->threads)) {
     block->at_barrier = 0;
     for (Fiber* fiber : block->fibers) {
@@ -341,12 +165,9 @@ inline void block_barrier(int site) {
     make_ready(self);
   } else {
     self->state = State::kAtBarrier;
-    self->site = site;
   }
   yield_from(self);
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(block);
-#endif
+  acquire(block);
 }
 
 // Slots alternate: one is written again only after all lanes have arrived at the shuffle in
@@ -368,7 +189,6 @@ inline uint32_t shuffle_xor(uint32_t value, int mask, int site) {
     }
   } else {
     self->state = State::kAtShuffle;
-    self->site = site;
     yield_from(self);
   }
   return warp.slot[parity][lane ^ static_cast<unsigned>(mask)];
@@ -393,15 +213,10 @@ class Launch {
     machine_.random.seed(settings.seed);
     threads_ = threads;
     shared_bytes_ = shared_bytes - std::min<size_t>(shared_bytes, settings.shared_missing);
-#if defined(__SANITIZE_THREAD__)
-    machine_.main.tsan = __tsan_get_current_fiber();
-#endif
   }
 
   void run(bool all_at_once) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_release(&machine_.grid);
-#endif
+    release(&machine_.grid);
     std::vector<dim3> blocks;
     for (unsigned y = 0; y < machine_.grid.y; ++y) {
       for (unsigned x = 0; x < machine_.grid.x; ++x) blocks.push_back(dim3(x, y));
@@ -415,13 +230,31 @@ class Launch {
     }
     machine = nullptr;
     current = nullptr;
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&machine_);
-#endif
+    acquire(&machine_);
+    rest();
   }
 
  private:
   static constexpr size_t kMargin = 4096;
+  static constexpr size_t kTired = 2048;
+
+  // ThreadSanitizer takes what one fiber does to be ordered. So fibers that have run a block rest
+  // until the launch is over, or else races between blocks would not be seen; there is a limit, as
+  // it knows no more than some thousand fibers.
+  static inline std::vector<std::unique_ptr<Fiber>> rested_;
+  std::vector<std::unique_ptr<Fiber>> tired_;
+
+  static std::unique_ptr<Fiber> take_fiber() {
+    if (rested_.empty()) return std::make_unique<Fiber>();
+    auto fiber = std::move(rested_.back());
+    rested_.pop_back();
+    return fiber;
+  }
+
+  void rest() {
+    std::move(tired_.begin(), tired_.end(), std::back_inserter(rested_));
+    tired_.clear();
+  }
 
   template <typename T>
   void arrange(std::vector<T>& list) {
@@ -447,12 +280,14 @@ class Launch {
       __asan_poison_memory_region(block->shared + shared_bytes_, 2048);
 #endif
       for (unsigned i = 0; i < threads_; ++i) {
-        auto fiber = std::make_unique<Fiber>();
+        auto fiber = take_fiber();
         fiber->block = block.get();
         fiber->thread = i;
+        fiber->state = State::kReady;
+        fiber->shuffles = 0;
+        fiber->spinning = false;
         if (i % 32 == 0) precedence = 1 + machine_.random() % 1000000;
         fiber->precedence = precedence;
-        start(*fiber, stacks.take());
         block->fibers.push_back(fiber.get());
         machine_.later.push_back(fiber.get());
         fibers.push_back(std::move(fiber));
@@ -461,10 +296,14 @@ class Launch {
     }
     loop(fibers.size());
     int64_t unfinished = 0;
-    for (const auto& fiber : fibers) {
-      if (fiber->state != State::kDone) ++unfinished;
-      stacks.give(static_cast<char*>(fiber->context.bottom));
+    for (auto& fiber : fibers) {
+      if (fiber->state == State::kDone) {
+        tired_.push_back(std::move(fiber));
+      } else {
+        ++unfinished;  // and is not used again
+      }
     }
+    if (tired_.size() > kTired) rest();
     if (unfinished > 0 && settings.fault.empty()) {
       report(std::to_string(unfinished) + " threads wait for ever");
     }
@@ -498,7 +337,8 @@ class Launch {
     }
     std::vector<Fiber*> left;
     for (Fiber* fiber : machine_.later) {
-      const bool turn = highest > 0 ? !fiber->spinning && fiber->precedence == highest : true;
+      const bool turn = fiber->spinning ? settings.seed % 2 == 0 || highest == 0
+                                        : fiber->precedence == highest;
       (turn ? machine_.ready : left).push_back(fiber);
     }
     machine_.later.swap(left);
@@ -510,7 +350,8 @@ class Launch {
       next();
       for (Fiber* fiber : machine_.ready) {
         current = fiber;
-        switch_context(machine_.main, fiber->context);
+        ++settings.turns;
+        machine_.main.switch_to(fiber->context);
       }
       machine_.ready.clear();
       if (machine_.idle > patience) {
@@ -592,6 +433,13 @@ inline float from_float16(uint16_t bits) {
 }
 inline uint16_t to_float16(float value) {
   return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
+}
+
+inline float2 unpack_float16(unsigned bits) {
+  return {from_float16(static_cast<uint16_t>(bits)), from_float16(static_cast<uint16_t>(bits >> 16))};
+}
+inline float2 unpack_bfloat16(unsigned bits) {
+  return {float_of(bits << 16), float_of(bits & 0xffff0000u)};
 }
 
 template <typename Args>

@@ -65,7 +65,6 @@ def test_emulated_kernels_match_float64(program):
     assert code == 0, text
 
 
-@pytest.mark.xfail(reason="one is not: the barrier before stage() in the grid kernel, backward")
 def test_emulated_faults_are_caught(program):
     """Each barrier and shuffle left out in turn is noticed; so are stores out of bounds."""
     code, text = run([program, "faults"])
@@ -142,7 +141,6 @@ def test_nvcc_compiles_small_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="the widest tiles spill; docs/cuda.md lists them")
 def test_nvcc_compiles_without_spills():
     """sm_75, 80, 90, 100 and PTX."""
     check_ptxas()

@@ -288,7 +288,7 @@ Plan plan_for(Design design, int tile, const Case& c, int rows) {
     const Tile& t = kBlockTiles[tile];
     plan.blocks = static_cast<int>((c.B + rows - 1) / rows);
     plan.blocks_in_group = 1;
-    plan.shared_bytes = 2 * rows * t.width() * 4 + (rows + 1) / 2 * 16 + 16 + t.weight_bytes();
+    plan.shared_bytes = 2 * rows * t.width() * 4 + (rows + 1) / 2 * 16 + t.weight_bytes();
   } else {
     const Tile& t = kGridTiles[tile];
     plan.blocks_in_group = static_cast<int>((c.H + t.block_outputs() - 1) / t.block_outputs());
@@ -642,10 +642,10 @@ void parity(bool quick) {
   before = checks;
   generate_parity(quick);
   report_group("generate", before);
-  std::printf("%lld launches (%lld cooperative), %lld fiber switches\n",
+  std::printf("%lld launches (%lld cooperative), %lld turns of fibers\n",
               static_cast<long long>(emulator::settings.launches),
               static_cast<long long>(emulator::settings.cooperative_launches),
-              static_cast<long long>(emulator::settings.switches));
+              static_cast<long long>(emulator::settings.turns));
 }
 
 // Runs a body that is to fail, and says whether it did.
@@ -839,9 +839,9 @@ void plans(bool print) {
       {"A100", 300, 8, Dtype::kBFloat16, Design::kBlock},
       {"A100", 512, 16, Dtype::kFloat32, Design::kGrid},
       {"A100", 2048, 256, Dtype::kBFloat16, Design::kStep},
-      {"L4", 256, 8, Dtype::kFloat32, Design::kBlock},
-      {"H100", 320, 8, Dtype::kFloat32, Design::kBlock},
-      {"H100", 448, 8, Dtype::kBFloat16, Design::kBlock},
+      {"L4", 224, 8, Dtype::kFloat32, Design::kBlock},
+      {"H100", 288, 8, Dtype::kFloat32, Design::kBlock},
+      {"H100", 416, 8, Dtype::kBFloat16, Design::kBlock},
       {"H100", 1024, 8, Dtype::kFloat32, Design::kGrid},
       {"H100", 1024, 256, Dtype::kBFloat16, Design::kStep},
       {"B200", 1024, 8, Dtype::kFloat32, Design::kGrid},
