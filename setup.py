@@ -181,8 +181,8 @@ if HAVE_TORCH:
                     extra_postargs=[*CXX_FLAGS, *flags, *EXTRA_CXX_FLAGS],
                 )
 
-            # Without torch's CUDAExtension, which needs a torch that was built with CUDA: the kernels
-            # include no header of torch.
+            # Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the
+            # kernels include no header of torch.
             def build_cuda(source):
                 name = os.path.splitext(os.path.basename(source))[0]
                 out = os.path.abspath(os.path.join(self.build_temp, f"cuda_{name}.o"))

@@ -55,8 +55,8 @@ __device__ inline uint16_t to_float16(float value) {
   return bits;
 }
 
-// Two numbers of 16 bits, the lower first. Volatile, or the compiler would unpack all weights before
-// the loop over steps, in twice the registers.
+// Two numbers of 16 bits, the lower first. Volatile, or the compiler would unpack all weights
+// before the loop over steps, in twice the registers.
 __device__ inline float2 unpack_float16(unsigned bits) {
   float2 two;
   asm volatile(

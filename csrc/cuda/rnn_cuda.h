@@ -70,10 +70,10 @@ struct Tile {
 // kBlock: K = H = 32 * quads. `held` is as much as does not spill (tests/cuda/check_ptxas.py), in
 // whole columns of groups.
 constexpr Tile kBlockTiles[] = {
-    {8, 1, 1, 1, false},   {8, 2, 2, 4, false},   {8, 3, 3, 9, false},  {8, 4, 4, 16, false},
-    {8, 5, 5, 25, false},  {8, 6, 6, 36, false},  {8, 7, 7, 49, false}, {8, 8, 8, 32, false},
-    {8, 9, 9, 36, false},  {8, 8, 8, 64, true},   {8, 10, 10, 70, true},
-    {8, 12, 12, 72, true}, {8, 13, 13, 78, true},
+    {8, 1, 1, 1, false},   {8, 2, 2, 4, false},  {8, 3, 3, 9, false},   {8, 4, 4, 16, false},
+    {8, 5, 5, 25, false},  {8, 6, 6, 36, false}, {8, 7, 7, 49, false},  {8, 8, 8, 32, false},
+    {8, 9, 9, 36, false},  {8, 8, 8, 64, true},  {8, 10, 10, 70, true}, {8, 12, 12, 72, true},
+    {8, 13, 13, 78, true},
 };
 constexpr int kBlockTileCount = sizeof(kBlockTiles) / sizeof(Tile);
 

@@ -337,8 +337,8 @@ class Launch {
     }
     std::vector<Fiber*> left;
     for (Fiber* fiber : machine_.later) {
-      const bool turn = fiber->spinning ? settings.seed % 2 == 0 || highest == 0
-                                        : fiber->precedence == highest;
+      const bool turn =
+          fiber->spinning ? settings.seed % 2 == 0 || highest == 0 : fiber->precedence == highest;
       (turn ? machine_.ready : left).push_back(fiber);
     }
     machine_.later.swap(left);
@@ -436,7 +436,8 @@ inline uint16_t to_float16(float value) {
 }
 
 inline float2 unpack_float16(unsigned bits) {
-  return {from_float16(static_cast<uint16_t>(bits)), from_float16(static_cast<uint16_t>(bits >> 16))};
+  return {from_float16(static_cast<uint16_t>(bits)),
+          from_float16(static_cast<uint16_t>(bits >> 16))};
 }
 inline float2 unpack_bfloat16(unsigned bits) {
   return {float_of(bits << 16), float_of(bits & 0xffff0000u)};

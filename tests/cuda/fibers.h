@@ -1,5 +1,5 @@
-// Contexts of execution that take turns on one operating-system thread, and what the sanitizers have
-// to know of them.
+// Contexts of execution that take turns on one operating-system thread, and what the sanitizers
+// have to know of them.
 #pragma once
 
 #include <sys/mman.h>
@@ -92,8 +92,8 @@ class Context {
 #endif
   }
 
-  // One that will begin at `entry`, which must not return, on a stack of its own. The page below the
-  // stack may not be touched.
+  // One that will begin at `entry`, which must not return, on a stack of its own. The page below
+  // the stack may not be touched.
   explicit Context(void (*entry)()) : size_(kStack) {
     void* memory = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
