@@ -80,7 +80,7 @@ constexpr int kBlockTileCount = sizeof(kBlockTiles) / sizeof(Tile);
 // kGrid: K = H = 128 * quads; a block has 8 * outputs of the H outputs.
 constexpr Tile kGridTiles[] = {
     {32, 13, 3, 39, false}, {32, 10, 4, 40, false}, {32, 7, 6, 42, false},
-    {32, 5, 8, 40, false},  {32, 4, 12, 32, false}, {32, 3, 16, 36, false},
+    {32, 5, 8, 40, false},  {32, 4, 12, 32, false}, {32, 3, 16, 33, false},
 };
 constexpr int kGridTileCount = sizeof(kGridTiles) / sizeof(Tile);
 

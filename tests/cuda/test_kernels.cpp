@@ -507,7 +507,7 @@ void generate_parity(bool quick) {
           };
           Memory table = fill(V * H, 1), W_out = fill(V * H, 2), b_out = fill(V, 1);
           std::array<Memory, 3> W_ih, W_hh, bias;
-          GenerateArgs a{};
+          cuda::GenerateArgs a{};
           for (int l = 0; l < layers; ++l) {
             W_ih[l] = fill(H * H, 1 / std::sqrt(H));
             W_hh[l] = fill(H * H, 1 / std::sqrt(H));
