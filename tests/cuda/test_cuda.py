@@ -141,7 +141,9 @@ def test_nvcc_compiles_small_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="two of the widest tiles spill on sm_100; docs/cuda.md lists them")
+@pytest.mark.xfail(
+    strict=True, reason="two of the widest tiles spill on sm_100; docs/cuda.md lists them"
+)
 def test_nvcc_compiles_without_spills():
     """sm_75, 80, 90, 100 and PTX."""
     check_ptxas()
