@@ -429,7 +429,9 @@ class Trainer:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UsageError("--tensorboard needs: pip install tensorboard") from None
-            board = SummaryWriter(str(self.folder / "tensorboard"))
+            board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self.progress.step + 1
+            )
 
         def write(**values: Any) -> None:
             if self.rank:
