@@ -45,7 +45,9 @@ def option(default: Any, help: str, *aliases: str, live: bool = False) -> Any:
 class TrainOptions:
     """Everything a training depends on. The command line and ``--config`` have the same names."""
 
-    text: str | None = option(None, "UTF-8 file to learn from (without: the built-in text)")
+    text: str | None = option(
+        None, "UTF-8 file to learn from (without: the built-in text)", live=True
+    )
     out_dir: str = option("out", "folder for the run", "checkpoint_dir")
     backend: Backend = option("fast", "charrnn_fast.RNN or torch.nn.RNN", live=True)
     bytes: bool = option(False, "learn bytes instead of characters: any file will do")
@@ -221,11 +223,13 @@ class Trainer:
                 self._check_folder(resume, overwrite)  # another one may have begun meanwhile
             if resume:
                 self._restore()
-            elif self.rank == 0:
-                for name in (checkpoint.CONFIG, checkpoint.LAST, checkpoint.MODEL):
-                    (self.folder / name).unlink(missing_ok=True)  # of a run that is overwritten
+            if self.rank == 0:
+                if not resume:
+                    for name in (checkpoint.CONFIG, checkpoint.LAST, checkpoint.MODEL):
+                        (self.folder / name).unlink(missing_ok=True)  # of one that is overwritten
+                    checkpoint.write_atomic(self.folder / checkpoint.METRICS, b"")
+                # Of a resumed run as well: the next resumption goes on with what has changed now.
                 settings = {**asdict(options), "text_sha256": self.text_hash}
-                checkpoint.write_atomic(self.folder / checkpoint.METRICS, b"")
                 checkpoint.save_settings(self.folder, self.config, self.vocabulary, settings)
 
     def _lock(self) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from torch import nn
 from charrnn_fast.charlm import Trainer, TrainingDiverged, UsageError, evaluate, sample, train
 from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
 from charrnn_fast.charlm.evaluate import evaluate_stream
-from charrnn_fast.charlm.train import clip_gradients, learning_rate
+from charrnn_fast.charlm.train import clip_gradients, learning_rate, resumed_options
 
 TIMES = ("seconds", "chars_per_second")
 
@@ -225,6 +225,27 @@ def test_only_some_options_change_on_resume(options, trained):
         train(out_dir=folder, resume=True, hidden_size=8, say=None)
     longer = train(out_dir=folder, resume=True, max_epochs=3, backend="torch", say=None)
     assert longer.progress.step == longer.total_steps == 3 * len(longer.batches)
+
+
+def test_what_changes_on_resume_is_saved(options, trained, text, tmp_path):
+    """A later resumption has the schedule of the one before, not that of the beginning."""
+    moved = text.rename(tmp_path / "moved.txt")
+    changes = {"max_epochs": 5, "text": str(moved), "save_interval": 1}
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(loss):
+        raise PowerCut
+
+    options = resumed_options(options.out_dir, changes)
+    with pytest.raises(PowerCut):
+        Trainer(options, resume=True, say=None, on_loss=cut).run()
+    saved = json.loads((Path(options.out_dir) / "config.json").read_text())["training"]
+    assert saved.items() >= changes.items()
+    assert train(out_dir=options.out_dir, resume=True, say=None).progress.step == 5 * len(
+        trained.batches
+    )
 
 
 def test_resume_needs_the_same_text(options, trained, text):
