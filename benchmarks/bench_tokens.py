@@ -26,8 +26,8 @@ def sides_of(problem):
 
     def op(name, x):
         def run():
-            y, _ = ops.rnn_layer(x, None, weights, None, None, "RNN_TANH", True)
-            dweights = ops.rnn_layer_backward(
+            y, _ = ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)
+            dweights = ops.rnn_layer_backward.default(
                 dy, None, x, None, weights, y, None, None, "RNN_TANH", True, NEEDS
             )[2:]
             return y, *dweights

@@ -44,11 +44,11 @@ def our_op(problem: Problem, backward: bool, threads: int = 1) -> Side:
     needs = [True, False, True, True, True, True]  # everything but the initial state
 
     def forward():
-        return ops.rnn_layer(x, None, weights, None, None, "RNN_TANH", True)[:1]
+        return ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)[:1]
 
     def forward_backward():
-        y, _ = ops.rnn_layer(x, None, weights, None, None, "RNN_TANH", True)
-        dx, _, *dweights = ops.rnn_layer_backward(
+        y, _ = ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)
+        dx, _, *dweights = ops.rnn_layer_backward.default(
             dy, None, x, None, weights, y, None, None, "RNN_TANH", True, needs
         )
         return y, dx, *dweights

@@ -1,8 +1,8 @@
 // Backward of one direction of one layer: delta first, step by step; then dx, dh0 and the weights'
 // gradients as products over all rows.
 
-// Rows summed in one chain of a weight's gradient; blocks of them are added up (as a sum of sums).
-constexpr int64_t kGradientRows = 128;
+// Rows summed in one chain of a weight's gradient; blocks of them are added up.
+constexpr int64_t kGradientRows = kChainTerms;
 
 template <typename scalar>
 struct BackwardSpace {
@@ -25,8 +25,8 @@ struct BackwardSpace {
     zeros = arena.take<scalar>(zero_columns());
     const int64_t units = (args.H + team_size - 1) / team_size;
     for (int member = 0; member < team_size; ++member) {
-      scalar* l = arena.take<scalar>(units * kGradientRows);
-      scalar* r = arena.take<scalar>(kTileVectors * kLanes<scalar> * kGradientRows);
+      scalar* l = arena.take<scalar>(packed_tiles<scalar>(units));
+      scalar* r = arena.take<scalar>(widest_panel() * kLanes<scalar> * kGradientRows);
       double* t = args.ids != nullptr && args.dW_ih != nullptr ? arena.take<double>(args.I * units)
                                                                : nullptr;
       if (member == rank) {
@@ -36,6 +36,11 @@ struct BackwardSpace {
       }
     }
     bytes = arena.used();
+  }
+
+  int64_t widest_panel() const {
+    const int a = hidden.width(0), b = inputs.count > 0 ? inputs.width(0) : 0;
+    return a > b ? a : b;
   }
 
   int64_t zero_columns() const {
@@ -188,17 +193,24 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
 template <typename scalar>
 void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) {
   constexpr int L = kLanes<scalar>;
+  constexpr int kVectors = 8;
   int64_t j = columns.first;
-  for (; j + L <= columns.last; j += L) {
-    Vec<scalar> sum = {};
-    for (int64_t k = 0; k < K; ++k) sum += load(rows[k] + j);
-    store(out + j, load(out + j) + sum);
+  for (; j + kVectors * L <= columns.last; j += kVectors * L) {  // a few whole cache lines a row
+    Vec<scalar> sum[kVectors] = {};
+    for (int64_t k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sum[i] += load(rows[k] + j + i * L);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      store(out + j + i * L, load(out + j + i * L) + sum[i]);
+    }
   }
-  if (j < columns.last) {
-    const int64_t n = columns.last - j;
+  for (; j < columns.last; j += L) {
+    const int64_t n = columns.last - j < L ? columns.last - j : L;
     Vec<scalar> sum = {};
-    for (int64_t k = 0; k < K; ++k) sum += load_first(rows[k] + j, n);
-    store_first(out + j, load_first(out + j, n) + sum, n);
+    for (int64_t k = 0; k < K; ++k) sum += load_lanes(rows[k] + j, n);
+    store_lanes(out + j, load_lanes(out + j, n) + sum, n);
   }
 }
 
@@ -241,19 +253,37 @@ void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scal
         for (int64_t j = 0; j < count; ++j) entry[j] += delta[k][units.first + j];
       }
     }
-    if (args.db != nullptr) {
-      add_rows(delta, K, units, args.db);
-    }
     pack_columns(delta, K, units.first, count, space.left);
-    const auto product = [&](const scalar* const* b, const Panels<scalar>& panels, scalar* dW) {
+    if (args.db != nullptr) add_rows(delta, K, units, args.db);
+    // `then` is what is packed after the last panel: of the next block, whose rows are usually as
+    // far apart.
+    const auto product = [&](const scalar* const* b, const Panels<scalar>& panels, scalar* dW,
+                             const Ahead<scalar>& then, const Ahead<scalar>& also) {
       for (int64_t p = 0; p < panels.count; ++p) {
         pack_rows<scalar>([&](int64_t k) { return b[k]; }, K, panels, p, space.right);
-        add_product(count, space.left, panels, p, space.right, K,
-                    dW + units.first * panels.columns);
+        const bool more = p + 1 < panels.count;
+        const Ahead<scalar> next = {b, panels.first_column(p + 1), panels.first_column(p + 2)};
+        add_product(count, space.left, panels, p, space.right, K, dW + units.first * panels.columns,
+                    more ? next : then, more ? Ahead<scalar>{b, 0, 0} : also);
       }
     };
-    if (dense_input) product(x, space.inputs, args.dW_ih);
-    if (args.dW_hh != nullptr) product(y_previous, space.hidden, args.dW_hh);
+    const auto first_panel = [](const scalar* const* rows, const Panels<scalar>& panels,
+                                int64_t offset) {
+      return Ahead<scalar>{rows, offset, offset + panels.first_column(1)};
+    };
+    const Ahead<scalar> next_delta = {delta, K * args.H + units.first, K * args.H + units.last};
+    const Ahead<scalar> next_x = first_panel(x, space.inputs, K * args.ldx);
+    const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, K * args.ldy);
+    if (dense_input) {
+      if (args.dW_hh != nullptr) {
+        product(x, space.inputs, args.dW_ih, first_panel(y_previous, space.hidden, 0), {x, 0, 0});
+      } else {
+        product(x, space.inputs, args.dW_ih, next_x, next_delta);
+      }
+    }
+    if (args.dW_hh != nullptr) {
+      product(y_previous, space.hidden, args.dW_hh, dense_input ? next_x : next_y, next_delta);
+    }
   }
   if (space.table != nullptr) {
     for (int64_t j = 0; j < count; ++j) {

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstddef>
+#include <cstring>
 #include <numeric>
 
 #include "layer.h"
@@ -196,7 +198,20 @@ scalar* mutable_data(const at::Tensor& tensor) {
   return reinterpret_cast<scalar*>(tensor.mutable_data_ptr<InTorch<scalar>>());
 }
 
-at::Tensor bytes(size_t n) { return at::empty({static_cast<int64_t>(n)}, at::kByte); }
+// Memory for the length of one call: on the stack where little is needed, since an allocation takes
+// as long as many steps of a small layer.
+class Scratch {
+ public:
+  void* take(size_t bytes) {
+    if (bytes <= sizeof(local_)) return local_;
+    heap_ = at::empty({static_cast<int64_t>(bytes)}, at::kByte);
+    return heap_.mutable_data_ptr();
+  }
+
+ private:
+  alignas(64) std::byte local_[24 * 1024];
+  at::Tensor heap_;
+};
 
 Optional contiguous(const Optional& tensor) {
   return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
@@ -238,7 +253,7 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
   const Plan plan = plan_forward(layer);
   const scalar* h0 = data_or_null<scalar>(hx);
   std::array<ForwardArgs<scalar>, 2> args;
-  std::array<at::Tensor, 2> workspace;
+  std::array<Scratch, 2> workspace;
   for (int64_t d = 0; d < layer.D; ++d) {
     const at::Tensor* w = &weights[d * per_direction];
     args[d] = {
@@ -261,8 +276,7 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
         .h_n = mutable_data<scalar>(h_n) + d * layer.B * layer.H,
         .workspace = nullptr,
     };
-    workspace[d] = bytes(table.forward_workspace(args[d], plan.members));
-    args[d].workspace = workspace[d].mutable_data_ptr();
+    args[d].workspace = workspace[d].take(table.forward_workspace(args[d], plan.members));
   }
   const auto forward = table.forward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { forward(args[d], team); });
@@ -321,11 +335,11 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
     return grad.numel() > 0 ? mutable_data<scalar>(grad) : nullptr;
   };
   std::array<BackwardArgs<scalar>, 2> args;
-  std::array<at::Tensor, 2> workspace, delta, dx;
+  std::array<Scratch, 2> workspace, delta;
+  std::array<at::Tensor, 2> dx;
   for (int64_t d = 0; d < layer.D; ++d) {
     const at::Tensor* w = &weights[d * per_direction];
     at::Tensor* dw = &grads[2 + d * per_direction];
-    delta[d] = at::empty({layer.N, layer.H}, y.options());
     dx[d] = d == 0 || grads[0].numel() == 0 ? grads[0] : at::zeros_like(grads[0]);
     scalar* dh0 = out(grads[1]);
     scalar* db = has_biases ? out(dw[2].numel() > 0 ? dw[2] : dw[3]) : nullptr;
@@ -347,7 +361,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
         .lddy = layer.D * layer.H,
         .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
-        .delta = mutable_data<scalar>(delta[d]),
+        .delta = static_cast<scalar*>(delta[d].take(layer.N * layer.H * sizeof(scalar))),
         .dx = out(dx[d]),
         .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
         .dW_ih = out(dw[0]),
@@ -355,15 +369,16 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .db = db,
         .workspace = nullptr,
     };
-    workspace[d] = bytes(table.backward_workspace(args[d], plan.members));
-    args[d].workspace = workspace[d].mutable_data_ptr();
+    args[d].workspace = workspace[d].take(table.backward_workspace(args[d], plan.members));
   }
   const auto backward = table.backward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { backward(args[d], team); });
   if (layer.D == 2 && grads[0].numel() > 0) grads[0].add_(dx[1]);
   for (int64_t d = 0; has_biases && d < layer.D; ++d) {
     at::Tensor* dw = &grads[2 + d * per_direction];
-    if (dw[2].numel() > 0 && dw[3].numel() > 0) dw[3].copy_(dw[2]);
+    if (dw[2].numel() > 0 && dw[3].numel() > 0) {
+      std::memcpy(out(dw[3]), out(dw[2]), layer.H * sizeof(scalar));
+    }
   }
 }
 

@@ -42,6 +42,10 @@ constexpr int chains_of_lone_panel(int width) {
   return width == 1 ? kTileVectors : width == 2 ? kTileVectors / 2 : 1;
 }
 
+// Terms of the longest chain: longer sums are summed in blocks of so many, which rounds less, and
+// whose part of a panel stays in L1 while the rows pass by.
+constexpr int64_t kChainTerms = 128;
+
 // Rows of a tile that may run step after step: few, as the constants of the activation share the
 // registers with the sums. More rows hide the cost of a call.
 constexpr int rows_of_running_tile(int width) {
@@ -50,10 +54,10 @@ constexpr int rows_of_running_tile(int width) {
 
 // What becomes of the product of a tile.
 enum class Finish {
-  kStore,     // out = init + a b, the chain over k starting from init
+  kStore,     // out = init + a b
   kActivate,  // out = act(init + a b)
   kBackward,  // out = (init + a b) * act'(y)
-  kAdd,       // out += a b: a chain of its own, so that long sums are summed in blocks
+  kPacked,    // out = init + a b, with a packed
 };
 
 // Operands of a tile. init, out and y point at whole rows; the panel's `columns` columns start at
@@ -61,10 +65,11 @@ enum class Finish {
 // input: then the rows of each step lie *_step scalars behind those of the one before.
 template <typename scalar>
 struct TileArgs {
-  const scalar* const* a = nullptr;  // rows of K scalars; for kAdd a[0] is packed [K][height]
+  const scalar* const* a = nullptr;  // rows of K scalars; for kPacked a[0] is packed [K][height]
   const scalar* panel = nullptr;     // [K][width] vectors
+  int64_t first_k = 0;               // of the rows of a; of the panel already taken into account
   int64_t K = 0;
-  const scalar* const* init = nullptr;  // unless kAdd
+  const scalar* const* init = nullptr;
   scalar* const* out = nullptr;
   const scalar* const* y = nullptr;  // kBackward only
   int64_t column = 0;
@@ -87,80 +92,114 @@ ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lan
 template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P, int C>
 __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
   constexpr int L = kLanes<scalar>;
-  constexpr int64_t kStep = finish == Finish::kAdd ? R : 1;
+  constexpr int64_t kStep = finish == Finish::kPacked ? R : 1;
   const int64_t last_lanes = args.columns - (P - 1) * L;
   const auto lanes = [&](int p)
                          __attribute__((always_inline)) { return p < P - 1 ? L : last_lanes; };
-  const int64_t K = args.K;
-
   const int64_t steps = lone && R <= rows_of_running_tile(P) ? args.steps : 1;
   for (int64_t s = 0; s < steps; ++s) {
     const scalar* row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      row[r] = finish == Finish::kAdd ? args.a[0] + r : args.a[first_row + r] + s * args.a_step;
+      row[r] = finish == Finish::kPacked ? args.a[0] + r
+                                         : args.a[first_row + r] + s * args.a_step + args.first_k;
     }
+    const auto init = [&](int r, int p) __attribute__((always_inline)) {
+      return args.init[first_row + r] + s * args.init_step + args.column + p * L;
+    };
     const auto out = [&](int r, int p) __attribute__((always_inline)) {
       return args.out[first_row + r] + s * args.out_step + args.column + p * L;
     };
-
-    // Chain c sums k = c, c + C, ...; the first one what is left.
-    Vec<scalar> sum[C][R * P];
+    const auto y = [&](int r, int p) __attribute__((always_inline)) {
+      return args.y[first_row + r] + s * args.y_step + args.column + p * L;
+    };
+    // What the end of a large tile needs may lie in memory: it arrives while the tile is summed.
+    if constexpr (R * P >= 8) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sum[c][r * P + p] = Vec<scalar>{};
-        if constexpr (finish != Finish::kAdd) {
-          const scalar* init = args.init[first_row + r] + s * args.init_step + args.column + p * L;
-          sum[0][r * P + p] = load_lanes(init, lanes(p));
+        for (int p = 0; p < P; ++p) {
+          __builtin_prefetch(init(r, p));
+          if constexpr (finish == Finish::kBackward) __builtin_prefetch(y(r, p));
+          if constexpr (finish == Finish::kStore || finish == Finish::kBackward) {
+            __builtin_prefetch(out(r, p), 1);
+          }
         }
       }
     }
-    const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
-      Vec<scalar> b[P];
+
+    const scalar* panel = args.panel;
+    Vec<scalar> total[R * P];
+    for (int64_t first = 0;;) {
+      const int64_t terms = args.K - first < kChainTerms ? args.K - first : kChainTerms;
+      // Chain c sums k = c, c + C, ...; the first one what is left.
+      Vec<scalar> sum[C][R * P];
+#pragma GCC unroll 32
+      for (int i = 0; i < R * P; ++i) {
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) b[p] = load(args.panel + (k * P + p) * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<scalar> a = broadcast(row[r][k * kStep]);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
+        for (int c = 0; c < C; ++c) sum[c][i] = Vec<scalar>{};
+        // Here the loads are at hand, and the end is what the next step waits for.
+        if constexpr (lone) sum[0][i] = load_lanes(init(i / P, i % P), lanes(i % P));
       }
-    };
-    int64_t k = 0;
-    for (; k + C <= K; k += C) {
+      const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
+        Vec<scalar> b[P];
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) step(c, k + c);
-    }
-    if constexpr (C > 1) {
-      for (; k < K; ++k) step(0, k);
-    }
+        for (int p = 0; p < P; ++p) b[p] = load(panel + (k * P + p) * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<scalar> a = broadcast(row[r][k * kStep]);
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
+        }
+      };
+      int64_t k = 0;
+      for (; k + C <= terms; k += C) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) step(c, k + c);
+      }
+      if constexpr (C > 1) {
+        for (; k < terms; ++k) step(0, k);
+      }
 
 #pragma GCC unroll 32
-    for (int i = 0; i < R * P; ++i) {
+      for (int i = 0; i < R * P; ++i) {
 #pragma GCC unroll 8
-      for (int half = C / 2; half > 0; half /= 2) {
+        for (int half = C / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
-        for (int c = 0; c < half; ++c) sum[c][i] += sum[c + half][i];
+          for (int c = 0; c < half; ++c) sum[c][i] += sum[c + half][i];
+        }
       }
-      if constexpr (finish == Finish::kAdd) {
-        sum[0][i] += load_lanes(out(i / P, i % P), lanes(i % P));
+      if constexpr (lone) {  // one block: no more columns than one panel's
+#pragma GCC unroll 32
+        for (int i = 0; i < R * P; ++i) total[i] = sum[0][i];
+        break;
       }
+      if (first == 0) {
+#pragma GCC unroll 32
+        for (int i = 0; i < R * P; ++i) {
+          total[i] = load_lanes(init(i / P, i % P), lanes(i % P)) + sum[0][i];
+        }
+      } else {
+#pragma GCC unroll 32
+        for (int i = 0; i < R * P; ++i) total[i] += sum[0][i];
+      }
+      first += terms;
+      if (first == args.K) break;
+      panel += terms * P * L;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) row[r] += terms * kStep;
     }
 
     const auto finish_row = [&](int r) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const scalar* y = finish == Finish::kBackward
-                              ? args.y[first_row + r] + s * args.y_step + args.column + p * L
-                              : nullptr;
-        store_lanes(out(r, p), finished<finish, activation, scalar>(sum[0][r * P + p], y, lanes(p)),
+        const scalar* at_y = finish == Finish::kBackward ? y(r, p) : nullptr;
+        store_lanes(out(r, p),
+                    finished<finish, activation, scalar>(total[r * P + p], at_y, lanes(p)),
                     lanes(p));
       }
     };
-    if constexpr (R * P <= 4 || finish == Finish::kStore || finish == Finish::kAdd) {
+    if constexpr (R * P <= 4 || finish == Finish::kStore || finish == Finish::kPacked) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) finish_row(r);
     } else {  // a loop, lest the code outgrow the instruction cache
@@ -217,71 +256,100 @@ void multiply_rows(TileArgs<scalar> args, int64_t rows, const Panels<scalar>& pa
   args.column = panels.first_column(panel);
   args.columns = panels.used_columns(panel);
   const int width = panels.width(panel);
-  const bool lone = kRecurrence && panels.count == 1;
-  const auto& tiles = lone ? kTiles<scalar, finish, activation, kRecurrence>
-                           : kTiles<scalar, finish, activation, false>;
-  for (int64_t first = 0; first < rows;) {
-    const int64_t height = tile_height(rows - first);
-    tiles[height - 1][width - 1](args, first);
-    first += height;
+  const auto run = [&](const auto& tiles) __attribute__((always_inline)) {
+    for (int64_t first = 0; first < rows;) {
+      const int64_t height = tile_height(rows - first);
+      tiles[height - 1][width - 1](args, first);
+      first += height;
+    }
+  };
+  if (kRecurrence && panels.count == 1) {
+    return run(kTiles<scalar, finish, activation, kRecurrence>);
   }
+  // Where there are several tiles, all of them pass one block of the panel before the next one.
+  while (rows > kTileRows && args.K > kChainTerms) {
+    const int64_t left = args.K - kChainTerms;
+    args.K = kChainTerms;
+    run(kTiles<scalar, Finish::kStore, Activation::kRelu, false>);
+    args.K = left;
+    args.first_k += kChainTerms;
+    args.panel += kChainTerms * width * kLanes<scalar>;
+    args.init = args.out;
+    args.init_step = args.out_step;
+  }
+  run(kTiles<scalar, finish, activation, false>);
 }
+
+// Scalars from one packed tile of a to the next: room for kChainTerms rows, and a cache line more
+// lest the tiles all fall into the same few sets of the cache.
+template <typename scalar>
+constexpr int64_t kPackedTile = kChainTerms * kTileRows + 64 / sizeof(scalar);
+
+template <typename scalar>
+int64_t packed_tiles(int64_t rows) {
+  return (rows + kTileRows - 1) / kTileRows * kPackedTile<scalar>;
+}
+
+// Columns of some rows that are packed next; brought into L2 little by little while a product is
+// computed, since packing alone would wait for memory.
+template <typename scalar>
+struct Ahead {
+  const scalar* const* rows;
+  int64_t first, last;  // columns; or, of later rows at the same distance, scalars further on
+
+  void fetch(int64_t from, int64_t to) const {
+    for (int64_t k = from; k < to; ++k) {
+      for (int64_t j = first; j < last; j += 64 / sizeof(scalar)) {
+        __builtin_prefetch(rows[k] + j, 0, 2);
+      }
+    }
+  }
+};
 
 // out (rows of panels.columns) += a' b in the columns of one panel of b, with a packed by
 // pack_columns.
 template <typename scalar>
 void add_product(int64_t rows, const scalar* packed_a, const Panels<scalar>& panels, int64_t panel,
-                 const scalar* packed, int64_t K, scalar* out) {
+                 const scalar* packed, int64_t K, scalar* out, const Ahead<scalar>& ahead,
+                 const Ahead<scalar>& also) {
   const int width = panels.width(panel);
-  for (int64_t first = 0; first < rows;) {
-    const int64_t height = tile_height(rows - first);
-    const scalar* a = packed_a + first * K;
+  for (int64_t first = 0; first < rows; first += kTileRows, packed_a += kPackedTile<scalar>) {
+    const int64_t height = rows - first < kTileRows ? rows - first : kTileRows;
+    if (rows > 8 * kTileRows) {  // else there is little work to hide it behind
+      ahead.fetch(K * first / rows, K * (first + height) / rows);
+      also.fetch(K * first / rows, K * (first + height) / rows);
+    }
+    const scalar* a = packed_a;
     scalar* target[kTileRows];
     for (int64_t r = 0; r < height; ++r) target[r] = out + (first + r) * panels.columns;
     const TileArgs<scalar> args = {.a = &a,
                                    .panel = packed,
                                    .K = K,
+                                   .init = target,
                                    .out = target,
                                    .column = panels.first_column(panel),
                                    .columns = panels.used_columns(panel)};
-    kTiles<scalar, Finish::kAdd, Activation::kRelu, false>[height - 1][width - 1](args, 0);
-    first += height;
+    kTiles<scalar, Finish::kPacked, Activation::kRelu, false>[height - 1][width - 1](args, 0);
   }
 }
 
-template <typename scalar, int R>
-ALWAYS_INLINE void pack_tile(const scalar* const* a, int64_t K, int64_t column, scalar* packed) {
-  // A constant number of bytes: a few moves instead of a call.
-  for (int64_t k = 0; k < K; ++k) std::memcpy(packed + k * R, a[k] + column, R * sizeof(scalar));
-}
-
-// Packs columns [column, column + rows) of a, given as K rows, into tiles [K][height].
+// Packs columns [column, column + rows) of a, given as K <= kChainTerms rows, into tiles
+// [K][height]. Row by row, as they lie in memory.
 template <typename scalar>
 void pack_columns(const scalar* const* a, int64_t K, int64_t column, int64_t rows, scalar* packed) {
-  for (int64_t first = 0; first < rows;) {
-    const int64_t height = tile_height(rows - first);
-    scalar* target = packed + first * K;
-    switch (height) {
-      case 1:
-        pack_tile<scalar, 1>(a, K, column + first, target);
-        break;
-      case 2:
-        pack_tile<scalar, 2>(a, K, column + first, target);
-        break;
-      case 3:
-        pack_tile<scalar, 3>(a, K, column + first, target);
-        break;
-      case 4:
-        pack_tile<scalar, 4>(a, K, column + first, target);
-        break;
-      case 5:
-        pack_tile<scalar, 5>(a, K, column + first, target);
-        break;
-      default:
-        pack_tile<scalar, 6>(a, K, column + first, target);
-        break;
+  const int64_t whole = rows / kTileRows;
+  const int64_t rest = rows % kTileRows;
+  for (int64_t k = 0; k < K; ++k) {
+    const scalar* source = a[k] + column;
+    scalar* target = packed + k * kTileRows;
+    for (int64_t tile = 0; tile < whole; ++tile) {
+      // A constant number of bytes: a few moves instead of a call.
+      std::memcpy(target, source, kTileRows * sizeof(scalar));
+      source += kTileRows;
+      target += kPackedTile<scalar>;
     }
-    first += height;
+    target = packed + whole * kPackedTile<scalar> + k * rest;
+    for (int64_t r = 0; r < rest; ++r) target[r] = source[r];
   }
 }
 

@@ -1,8 +1,10 @@
 """The kernels as they are in the extension, run without torch between inaccessible pages."""
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -46,3 +48,19 @@ def test_the_driver_notices_a_read_past_a_buffer(driver: Path) -> None:
     for buffer in range(11):
         done = subprocess.run([str(driver), "overrun", str(buffer)], capture_output=True)
         assert done.returncode == (-signal.SIGSEGV if buffer < 10 else 2), buffer
+
+
+@pytest.mark.slow  # two minutes of compiling and emulating
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="needs aarch64-linux-gnu-g++ and qemu-aarch64",
+)
+def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
+    """The aarch64 kernels, cross-compiled, do in an emulator what the others do here."""
+    output = str(tmp_path / "driver")
+    build = [sys.executable, str(ROOT / "tests" / "native" / "build.py"), output, "-static"]
+    machine = {"CXX": "aarch64-linux-gnu-g++", "CHARRNN_FAST_MACHINE": "aarch64"}
+    subprocess.run(build, check=True, env=os.environ | machine)
+    done = subprocess.run(["qemu-aarch64", output, "20", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neon: 20 cases" in done.stdout
