@@ -184,7 +184,9 @@ def sample(
     """``streams`` continuations of ``prompt``, ``length`` characters each, without the prompt.
 
     A text ends just before ``stop`` where that is given and occurs. Same seed, same texts, for both
-    backends: their scores differ by rounding, which changes a draw about once in a million.
+    backends: their scores differ by rounding, which changes about two draws in a million (measured:
+    12 of 6.7 million with the default model on its own corpus, none of 1.1 million greedy ones), and
+    with the first of them all that follows.
     """
     options = SampleOptions(temperature, top_k, top_p)
     texts = [""] * streams
