@@ -63,6 +63,7 @@ class RNNCell(nn.RNNCell):
             or input.shape[-1] != self.weight_ih.shape[1]
             or input.dtype != self.weight_ih.dtype
             or (hx is not None and _is_odd_state(input, hx, self.hidden_size))
+            or (not _is_compiling() and torch.onnx.is_in_onnx_export())
             or (not _is_compiling() and is_foreign(input, hx, weights))
         ):
             return super().forward(input, hx)  # raises, or serves what the kernels do not

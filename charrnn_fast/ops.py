@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from charrnn_fast import onnx
 from charrnn_fast._extension import _C
 
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
@@ -22,6 +23,10 @@ MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
 # The short ways in; None when the call needs the long way. See csrc/module.cpp.
 fast_forward = _C.forward
 fast_cell = _C.cell
+
+
+def _is_exporting_to_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def rnn(
@@ -38,6 +43,19 @@ def rnn(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     """A stack of layers, time-major; ``mode`` is one of :data:`MODES`' values."""
+    if _is_exporting_to_onnx() and batch_sizes is None:
+        return onnx.rnn(
+            input,
+            hx,
+            params,
+            lengths,
+            mode,
+            has_biases,
+            num_layers,
+            dropout,
+            train,
+            bidirectional,
+        )
     output, h_n = torch.ops.charrnn_fast.rnn.default(
         input,
         hx,
@@ -64,6 +82,8 @@ def rnn_layer(
     has_biases: bool,
 ) -> tuple[Tensor, Tensor]:
     """One layer of one or two directions, time-major."""
+    if _is_exporting_to_onnx() and batch_sizes is None:
+        return onnx.rnn_layer(input, hx, weights, lengths, mode, has_biases)
     y, h_n = torch.ops.charrnn_fast.rnn_layer.default(
         input, hx, list(weights), batch_sizes, lengths, mode, has_biases
     )

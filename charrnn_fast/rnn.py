@@ -129,7 +129,9 @@ class RNN(nn.RNN):
         if not _is_compiling():
             stock = lengths is None and self.mode != "RNN_SIGMOID" and not tokens
             unusable = not all(isinstance(weight, Tensor) for weight in weights)  # raises
-            if stock and (unusable or is_foreign(data, hx, weights)):
+            # The older ONNX exporter knows nn.RNN's op, and not ours.
+            to_onnx = torch.onnx.is_in_onnx_export()
+            if stock and (unusable or to_onnx or is_foreign(data, hx, weights)):
                 return super().forward(input, hx)
 
         batch_sizes = sorted_indices = unsorted_indices = None
