@@ -80,7 +80,8 @@ def explain(
     if is_foreign(data, hx, weights):
         return Explanation(False, "a tensor is of a subclass that has its own rules", isa)
     device = data.device.type
-    if torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and weights[0].dtype == torch.float32:
         low = torch.get_autocast_dtype(device)
         weights = [weight.to(low) for weight in weights]
     reason = ops.why_composite(data, hx, weights)

@@ -296,11 +296,17 @@ def _rnn_layer_backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    projection, recurrence = _products(input, weights, has_biases)
+    per_direction = 4 if has_biases else 2
     # The step before the first is hx's own.
     B = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    last = 0 if needs[1] else 2 * B * y.shape[-1] * weights[0].shape[0]
-    return projection * (needs[0] + needs[2]) + recurrence * (1 + needs[3]) - last
+    last = 0 if needs[1] else 2 * B * weights[0].shape[0] ** 2
+    flops = 0
+    for first in range(0, len(weights), per_direction):
+        own = weights[first : first + per_direction]
+        projection, recurrence = _products(input, own, has_biases)
+        flops += projection * (needs[0] + needs[2 + first])
+        flops += recurrence * (1 + needs[3 + first]) - last
+    return flops
 
 
 register_flop_formula(torch.ops.charrnn_fast.rnn_layer, get_raw=True)(_rnn_layer_flops)

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.overrides import has_torch_function
+from torch._C import _disabled_torch_function_impl
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_foreign(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether a tensor subclass is among these that would have to know our ops."""
     tensors = [input, *weights] if hx is None else [input, hx, *weights]
-    return has_torch_function(tensors) or any(map(is_traceable_wrapper_subclass, tensors))
+    return any(_overrides(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in tensors)
+
+
+def _overrides(tensor: Tensor) -> bool:
+    """Whether its class has a __torch_function__. Unlike has_torch_function, whatever the modes:
+    ``torch.set_default_device`` is one, and changes nothing here."""
+    kind = type(tensor)
+    return kind is not Tensor and kind.__torch_function__ is not _disabled_torch_function_impl
 
 
 def fx_call(module: nn.Module, *args: Any) -> Any:

@@ -91,13 +91,16 @@ TORCH_LIBRARY_IMPL(charrnn_fast, CompositeExplicitAutograd, m) {
   m.impl("rnn_layer_backward", TORCH_FN(composite_backward));
 }
 
-// torch.vmap, and the older one behind torch.autograd.grad(is_grads_batched=True).
+// torch.vmap, and the older one behind torch.autograd.grad(is_grads_batched=True). Their fallbacks
+// come before the implicit composite, so `rnn` is named, too.
 TORCH_LIBRARY_IMPL(charrnn_fast, FuncTorchBatched, m) {
+  m.impl("rnn", TORCH_FN(rnn));
   m.impl("rnn_layer", TORCH_FN(composite::forward));
   m.impl("rnn_layer_backward", TORCH_FN(composite_backward));
 }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, Batched, m) {
+  m.impl("rnn", TORCH_FN(rnn));
   m.impl("rnn_layer", TORCH_FN(composite::forward));
   m.impl("rnn_layer_backward", TORCH_FN(composite_backward));
 }

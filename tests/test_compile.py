@@ -1,0 +1,208 @@
+"""torch.compile, torch.export and AOTInductor: one op a sequence, in graphs of any T and B."""
+
+import copy
+
+import pytest
+import torch
+from helpers import leaf, pair, weight_like
+from torch import nn
+
+import charrnn_fast
+from charrnn_fast.ops import assert_fused, counters
+
+
+@pytest.fixture
+def allow_rnn():
+    """Dynamo's own switch, without which it refuses every nn.RNN in a full graph."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+    torch._dynamo.reset()
+
+
+# What torch warns of itself with while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def step(module, x, hx=None):
+    """Results and gradients of one call of a module that must not be copied."""
+    x = leaf(x)
+    output, h_n = module(x, hx)
+    loss = (output * weight_like(output)).sum() + (h_n * weight_like(h_n)).sum()
+    grads = torch.autograd.grad(loss, [x, *module.parameters()])
+    return [output, h_n, *grads]
+
+
+class Graphs:
+    """A backend that keeps the graphs it is given, and runs them by AOT autograd."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph, inputs):
+        self.seen.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    def calls(self, name):
+        """How many calls of an op the graphs hold together."""
+        nodes = [node for graph in self.seen for node in graph.graph.nodes]
+        return sum(f"charrnn_fast.{name}" in str(node.target) for node in nodes)
+
+
+class Model(nn.Module):
+    """A small model around a recurrent module."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+        self.head = nn.Linear(2 * rnn.hidden_size, 2)
+
+    def forward(self, x, hx=None):
+        output, h_n = self.rnn(x, hx)
+        return self.head(output).tanh(), h_n
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_full_graph_of_any_sizes():
+    """One graph with one op serves every T and B, forward and backward, with eager's results."""
+    stock, ours = map(Model, pair(3, 5, 2, bidirectional=True))
+    stock.head = ours.head
+    graphs = Graphs()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=graphs)
+    for T, B in [(7, 6), (9, 2), (11, 8)]:
+        x, hx = torch.randn(T, B, 3), torch.randn(4, B, 5)
+        with assert_fused():
+            got = step(compiled, x, hx)
+        torch.testing.assert_close(got, step(stock, x, hx))
+    assert len(graphs.seen) == 1
+    assert graphs.calls("rnn") == 1
+
+
+@pytest.mark.usefixtures("allow_rnn")
+@pytest.mark.parametrize("kind", ["tokens", "lengths", "batch_first", "unbatched", "sigmoid"])
+def test_full_graph_of_every_input(kind):
+    """Token ids, lengths, batch_first, a single sequence and sigmoid compile, too."""
+    options = {"batch_first": kind == "batch_first"}
+    rnn = charrnn_fast.RNN(6, 5, 2, "sigmoid" if kind == "sigmoid" else "tanh", **options)
+    x = torch.randint(6, (4, 3)) if kind == "tokens" else torch.randn(4, 3, 6)
+    args = (x[:, 0] if kind == "unbatched" else x, None)
+    args += (torch.tensor([4, 1, 3]),) if kind == "lengths" else ()
+    compiled = torch.compile(copy.deepcopy(rnn), fullgraph=True, backend="aot_eager")
+    results = []
+    for module in (rnn, compiled):
+        output, h_n = module(*args)
+        (output.cos().sum() + h_n.sin().sum()).backward()
+        results.append([output, h_n, *[p.grad for p in module.parameters()]])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_inductor():
+    """The default backend compiles the model, and the gradients are eager's."""
+    _, ours = pair(3, 5, bidirectional=True)
+    model = Model(ours)
+    x = torch.randn(4, 2, 3)
+    torch.testing.assert_close(step(torch.compile(model, fullgraph=True), x), step(model, x))
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_dropout_in_a_full_graph():
+    """Training drops units, with eager's mask for its seed; eval() drops none."""
+    rnn = charrnn_fast.RNN(3, 50, 2, dropout=0.5)
+    compiled = torch.compile(copy.deepcopy(rnn), fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3)
+    outputs = []
+    for module in (rnn, compiled):
+        torch.manual_seed(3)
+        outputs.append([module(x)[0], module(x)[0]])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[1][0], outputs[1][1])
+    torch.testing.assert_close(compiled.eval()(x), rnn.eval()(x))
+    torch.testing.assert_close(compiled(x), compiled(x), rtol=0, atol=0)
+
+
+def test_without_the_switch():
+    """Without allow_rnn Dynamo leaves the call alone, and it runs fused all the same."""
+    torch._dynamo.reset()
+    model = Model(charrnn_fast.RNN(3, 5, bidirectional=True))
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs)
+    x = torch.randn(4, 2, 3)
+    with assert_fused():
+        got = step(compiled, x)
+    torch.testing.assert_close(got, step(model, x))
+    assert graphs.calls("rnn") == 0
+    torch._dynamo.reset()
+
+
+def test_the_switch_is_left_alone():
+    """Nothing here turns Dynamo's switch on for the user."""
+    torch.compile(charrnn_fast.RNN(3, 5), backend="eager")(torch.randn(4, 2, 3))
+    assert torch._dynamo.config.allow_rnn is False
+    torch._dynamo.reset()
+
+
+def test_cell_in_a_full_graph():
+    """A loop over RNNCell compiles without a break: Dynamo refuses no cell."""
+    torch._dynamo.reset()
+    cell = charrnn_fast.RNNCell(3, 5)
+
+    def loop(x, h):
+        for step in x:
+            h = cell(step, h)
+        return h
+
+    x, h = torch.randn(3, 2, 3), torch.randn(2, 5)
+    compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, h), loop(x, h))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    """torch.export gives a program of any T and B, whose one op is ours."""
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True).eval()
+    with torch._dynamo.config.patch(allow_rnn=strict):
+        program = torch.export.export(
+            rnn, (torch.randn(4, 2, 3),), dynamic_shapes=({0: T, 1: B},), strict=strict
+        )
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert [t for t in targets if "getitem" not in t] == ["charrnn_fast.rnn.default"]
+    x = torch.randn(9, 5, 3)
+    torch.testing.assert_close(program.module()(x), rnn(x))
+
+
+def test_export_with_lengths():
+    """Variable lengths export, as packed sequences do not."""
+
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = charrnn_fast.RNN(3, 5, batch_first=True)
+
+        def forward(self, x, lengths):
+            return self.rnn(x, lengths=lengths)
+
+    model = Ragged()
+    x = torch.randn(2, 4, 3)
+    program = torch.export.export(model, (x, torch.tensor([4, 1])))
+    other = torch.tensor([2, 3])
+    torch.testing.assert_close(program.module()(x, other), model(x, other))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_aot_inductor(tmp_path):
+    """AOTInductor packages the program; what is loaded runs the kernels."""
+    rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True).eval()
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        program = torch.export.export(rnn, (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "rnn.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        before = counters()
+        got = loaded(x)
+        assert counters()["forward_fused"] == before["forward_fused"] + 2
+        torch.testing.assert_close(tuple(got), rnn(x))

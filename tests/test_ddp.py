@@ -1,0 +1,45 @@
+"""DistributedDataParallel: two processes give the gradients of one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import assert_same
+from torch import nn
+
+import charrnn_fast
+
+LENGTHS = torch.tensor([5, 2, 4, 3])
+
+
+def make():
+    """The same model and data in every process."""
+    torch.manual_seed(0)
+    rnn = charrnn_fast.RNN(3, 20, 2, bidirectional=True)
+    return rnn, torch.randn(5, 4, 3)
+
+
+def gradients(module, x, lengths):
+    output, h_n = module(x, None, lengths)
+    (output.square().sum() + h_n.sum()).backward()
+    return {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rnn, x = make()
+    half = slice(2 * rank, 2 * rank + 2)
+    grads = gradients(nn.parallel.DistributedDataParallel(rnn), x[:, half], LENGTHS[half])
+    torch.save(grads, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes(tmp_path):
+    """Each of two processes has the mean over both, which is half of what one has alone."""
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    alone = {name: grad / 2 for name, grad in gradients(*make(), LENGTHS).items()}
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / f"{rank}.pt"), alone)

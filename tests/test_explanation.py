@@ -1,0 +1,92 @@
+"""explain: path, reason, instruction set and threads are those of the call."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import charrnn_fast
+from charrnn_fast import explain
+from charrnn_fast.ops import counters
+
+X = torch.zeros(4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "input", "fused", "reason"),
+    [
+        (charrnn_fast.RNN(3, 5), X, True, "serve"),
+        (charrnn_fast.RNN(3, 5, dtype=torch.float64), X.double(), True, "serve"),
+        (charrnn_fast.RNN(3, 5), torch.zeros(4, 2).long(), True, "serve"),
+        (charrnn_fast.RNN(3, 5), pack_sequence([X[:, 0]]), True, "serve"),
+        (charrnn_fast.RNN(3, 5), X[:, 0], True, "serve"),
+        (charrnn_fast.RNNCell(3, 5), X[0], True, "serve"),
+        (charrnn_fast.RNN(3, 5, device="meta"), X.to("meta"), False, "device is not the CPU"),
+        (nn.RNN(3, 5), X, False, "torch.nn.modules.rnn.RNN"),
+    ],
+)
+def test_path(module, input, fused, reason):
+    """The path is the one that the counters see afterwards."""
+    explanation = explain(module, input)
+    assert explanation.fused is fused
+    assert explanation.path == ("fused" if fused else "composite")
+    assert reason in explanation.reason
+    assert str(explanation).startswith(explanation.path)
+    before = counters()
+    module(input)
+    assert (counters()["forward_fused"] > before["forward_fused"]) is fused
+
+
+def test_subclass_of_tensor():
+    """A tensor subclass is named as the reason."""
+
+    class Tagged(torch.Tensor):
+        pass
+
+    explanation = explain(charrnn_fast.RNN(3, 5), X.as_subclass(Tagged))
+    assert not explanation.fused
+    assert "subclass" in explanation.reason
+
+
+def test_isa(isa):
+    """The instruction set is the one in use."""
+    assert explain(charrnn_fast.RNN(3, 5), X).isa == isa
+
+
+def test_plans():
+    """A plan for each layer; one thread for little work, several for much, never more than set."""
+    rnn = charrnn_fast.RNN(64, 256, 2, bidirectional=True, batch_first=True)
+    x = torch.zeros(64, 100, 64)
+    torch.set_num_threads(2)
+    explanation = explain(rnn, x)
+    assert len(explanation.forward) == len(explanation.backward) == 2
+    assert explanation.threads == 2
+    assert "layer 1: forward 2 threads" in str(explanation)
+    torch.set_num_threads(1)
+    one = explain(rnn, x)
+    assert one.threads == 1
+    assert all(plan.split is None and not plan.at_once for plan in one.forward)
+    torch.set_num_threads(4)
+    assert explain(charrnn_fast.RNN(3, 5), X).threads == 1
+
+
+@pytest.mark.parametrize("shape", [(100, 64, 64, 128), (60, 1, 64, 512), (4, 2, 3, 5)], ids=str)
+def test_threads_that_really_run(shape):
+    """A process grows by as many threads as explain() says the call will use, less its own."""
+    T, B, I, H = shape
+    code = f"""
+import os, torch, charrnn_fast
+torch.set_num_threads(3)
+rnn, x = charrnn_fast.RNN({I}, {H}), torch.empty({T}, {B}, {I})
+said = charrnn_fast.explain(rnn, x).forward[0].threads
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    rnn(x)
+print(said, len(os.listdir("/proc/self/task")) - before + 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, ran = done.stdout.split()
+    assert said == ran

@@ -1,0 +1,96 @@
+"""Modes and dtypes: inference, determinism, autocast, half precision, meta."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_as_accurate, assert_same, pair, run
+from torch import nn
+
+import charrnn_fast
+
+
+def test_inference_mode():
+    """Works in inference_mode, and on weights that were made in it."""
+    rnn = charrnn_fast.RNN(3, 5, 2)
+    x = torch.randn(4, 2, 3)
+    with torch.inference_mode():
+        made_inside = charrnn_fast.RNN(3, 5, 2)
+        made_inside.load_state_dict(rnn.state_dict())
+        output, _ = rnn(x)
+        assert output.is_inference()
+        assert torch.equal(made_inside(x)[0], output)
+    assert torch.equal(rnn(x)[0], output)
+
+
+def test_deterministic_algorithms():
+    """Nothing here is refused by use_deterministic_algorithms; results have the same bits."""
+    rnn = charrnn_fast.RNN(3, 70, 2, bidirectional=True)
+    x = torch.randn(40, 30, 3)
+    want = run(rnn, x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = run(rnn, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """bfloat16 and float16 give results of that dtype, at least as close to float64 as nn.RNN's."""
+    stock, ours = pair(8, 16, 2, bidirectional=True, dtype=dtype)
+    exact = copy.deepcopy(stock).double()
+    x, hx = torch.randn(6, 3, 8, dtype=dtype), torch.randn(4, 3, 16, dtype=dtype)
+    got = run(ours, x, hx)
+    assert all(tensor.dtype == dtype for tensor in got.values())
+    assert_as_accurate(got, run(stock, x, hx), run(exact, x.double(), hx.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Under CPU autocast the dtypes of results and gradients are nn.RNN's, the values close."""
+    stock, ours = pair(8, 16, 2)
+    x = torch.randn(6, 3, 8)
+    results = []
+    for module in (stock, ours):
+        with torch.autocast("cpu", dtype=dtype):
+            output, h_n = module(x)
+        (output.sum() + h_n.sum()).backward()
+        results.append(
+            {"output": output, "h_n": h_n, **{n: p.grad for n, p in module.named_parameters()}}
+        )
+    assert_same(results[1], results[0], rtol=0.05, atol=0.05)
+    assert results[1]["output"].dtype == dtype
+
+
+def test_autocast_with_half_input():
+    """An input that is already in the lower precision is accepted under autocast, as by nn.RNN."""
+    stock, ours = pair(8, 16)
+    x = torch.randn(6, 3, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = stock(x)[0], ours(x)[0]
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_meta_device():
+    """On the meta device shapes and dtypes come out as nn.RNN's."""
+    stock = nn.RNN(3, 5, 2, bidirectional=True, device="meta")
+    ours = charrnn_fast.RNN(3, 5, 2, bidirectional=True, device="meta")
+    x = torch.empty(4, 2, 3, device="meta")
+    for a, b in zip(ours(x), stock(x), strict=True):
+        assert a.shape == b.shape
+        assert a.device.type == "meta"
+    ours(x)[0].sum().backward()
+    assert ours.weight_hh_l0.grad.shape == (5, 5)
+    ours.to_empty(device="cpu").reset_parameters()
+    assert ours(torch.randn(4, 2, 3))[0].isfinite().all()
+
+
+def test_to_moves_the_weights_in_use():
+    """After .double() and .to(...) the new weights are the ones in use."""
+    rnn = charrnn_fast.RNN(3, 5)
+    rnn(torch.randn(4, 2, 3))
+    rnn.double()
+    assert rnn(torch.randn(4, 2, 3, dtype=torch.float64))[0].dtype == torch.float64

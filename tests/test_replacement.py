@@ -1,0 +1,117 @@
+"""replace_rnn: what it swaps, what it keeps, what it reports, and how it is undone."""
+
+import pytest
+import torch
+from torch import nn
+
+import charrnn_fast
+from charrnn_fast import replace_rnn
+from charrnn_fast.ops import assert_fused
+
+
+class Model(nn.Module):
+    """Recurrent modules of every kind, nested."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.RNN(3, 5, 2, dropout=0.3), nn.RNN(5, 5, bias=False)])
+        self.cell = nn.RNNCell(5, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        for rnn in self.encoder:
+            x, _ = rnn(x)
+        return self.head(self.cell(x[-1]))
+
+
+def test_in_place():
+    """Modules stay the objects they were: parameters, hooks, flags and optimizer references."""
+    model = Model().eval()
+    x = torch.randn(4, 2, 3)
+    want = model(x)
+    calls = []
+    model.encoder[0].register_forward_hook(lambda *_: calls.append(1))
+    modules, parameters = list(model.modules()), list(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    report = replace_rnn(model)
+    assert report.changed == ["encoder.0", "encoder.1", "cell"]
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not any(module.training for module in model.modules())
+    assert type(model.encoder[0]) is charrnn_fast.RNN
+    assert type(model.cell) is charrnn_fast.RNNCell
+    with assert_fused():
+        got = model(x)
+        got.sum().backward()
+    torch.testing.assert_close(got, want)
+    assert calls == [1]
+    optimizer.step()
+    assert not torch.equal(model(x), got)
+
+
+def test_undo():
+    """undo() gives the old classes back; training goes on with the same parameters."""
+    model = Model().eval()
+    keys = list(model.state_dict())
+    report = replace_rnn(model)
+    x = torch.randn(4, 2, 3)
+    got = model(x)
+    report.undo()
+    assert [type(m) for m in model.encoder] == [nn.RNN, nn.RNN]
+    assert type(model.cell) is nn.RNNCell
+    torch.testing.assert_close(model(x), got)
+    assert list(model.state_dict()) == keys
+
+
+def test_report():
+    """What was left is named with its reason; the text has a line for each."""
+
+    class Own(nn.RNN):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(3, 5),
+            "own": Own(3, 5),
+            "ours": charrnn_fast.RNN(3, 5),
+            "rnn": nn.RNN(3, 5),
+        }
+    )
+    report = replace_rnn(model)
+    assert report.changed == ["rnn"]
+    assert report.left.keys() == {"lstm", "own", "ours"}
+    assert "not an Elman" in report.left["lstm"]
+    assert "subclass" in report.left["own"]
+    assert "already" in report.left["ours"]
+    assert len(str(report).splitlines()) == 4
+    assert type(model["own"]) is Own
+
+
+def test_the_model_itself():
+    """A bare nn.RNN is replaced, too; a model without any is warned of."""
+    rnn = nn.RNN(3, 5)
+    assert "the model itself" in str(replace_rnn(rnn))
+    assert isinstance(rnn, charrnn_fast.RNN)
+    with pytest.warns(UserWarning, match="no recurrent module"):
+        replace_rnn(nn.Linear(2, 2))
+
+
+def test_shared_module():
+    """A module that is used twice is swapped once."""
+    rnn = nn.RNN(3, 5)
+    report = replace_rnn(nn.ModuleList([rnn, rnn]))
+    assert report.changed == ["0"]
+
+
+def test_parametrized():
+    """A parametrized nn.RNN has a class of its own, and is left with that reason."""
+
+    class Positive(nn.Module):
+        def forward(self, weight):
+            return weight.abs()
+
+    model = nn.Sequential(nn.RNN(3, 5))
+    nn.utils.parametrize.register_parametrization(model[0], "weight_hh_l0", Positive())
+    report = replace_rnn(model)
+    assert "0" in report.changed or "0" in report.left
+    assert model(torch.randn(4, 2, 3))[0].shape == (4, 2, 5)

@@ -1,0 +1,79 @@
+"""Threads and processes: the same bits however the work is divided."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_same, run
+
+import charrnn_fast
+
+
+def test_python_threads():
+    """Several Python threads may run one module at once, forward and backward."""
+    rnn = charrnn_fast.RNN(3, 40, 2)
+    inputs = [torch.randn(20, 4, 3) for _ in range(4)]
+    want = [run(rnn, x) for x in inputs]
+    got = [None] * 4
+
+    def work(index):
+        for _ in range(10):
+            got[index] = run(rnn, inputs[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(50, 64, 20, 128), (60, 3, 20, 320), (30, 7, 5, 96)], ids=str)
+def test_same_bits_for_any_number_of_threads(isa, shape):
+    """Results and gradients have the same bits for one thread and for several."""
+    T, B, I, H = shape
+    rnn = charrnn_fast.RNN(I, H, bidirectional=True)
+    x = torch.randn(T, B, I)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(rnn, x))
+    assert_same(results[1], results[0], rtol=0, atol=0)
+    assert_same(results[2], results[0], rtol=0, atol=0)
+
+
+def test_same_bits_in_any_batch(isa):
+    """A sequence's forward result does not depend on what else is in the batch."""
+    rnn = charrnn_fast.RNN(9, 50, 2)
+    x = torch.randn(11, 20, 9)
+    with torch.no_grad():
+        whole = rnn(x)[0]
+        for b in (0, 7, 19):
+            assert torch.equal(rnn(x[:, b : b + 1])[0], whole[:, b : b + 1])
+        assert torch.equal(rnn(x[:, 3:9])[0], whole[:, 3:9])
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Runs the module inside a worker."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.module(torch.full((40, 8, 16), index / 8.0))[0]
+
+
+def test_dataloader_workers():
+    """The module runs in forked DataLoader workers after it ran, with threads, in the parent."""
+    rnn = charrnn_fast.RNN(16, 128)
+    dataset = Sequences(rnn)
+    want = torch.stack([dataset[i] for i in range(8)])
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, num_workers=2, multiprocessing_context="fork"
+    )
+    assert torch.equal(torch.cat(list(loader)), want)
