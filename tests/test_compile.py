@@ -74,7 +74,8 @@ def test_full_graph_of_any_sizes():
         with assert_fused():
             got = step(compiled, x, hx)
         torch.testing.assert_close(got, step(stock, x, hx))
-    assert len(graphs.seen) == 1
+    # Dynamo empties a graph that it began again, here for the float that dropout is.
+    assert len([graph for graph in graphs.seen if len(graph.graph.nodes)]) == 1
     assert graphs.calls("rnn") == 1
 
 
