@@ -1,7 +1,7 @@
 """Builds charrnn_fast._C. Everything else about the package is in pyproject.toml.
 
-Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA=1|0 (build the
-CUDA sources, or not; without it, where torch is a CUDA build and nvcc is there),
+Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA=1 (build the
+CUDA sources too; by default they are not),
 CHARRNN_FAST_CUDA_ARCHS (compute capabilities, "75 80 90 100"; the last also as PTX),
 CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
 CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
@@ -87,11 +87,11 @@ def with_cuda():
     forced = os.environ.get("CHARRNN_FAST_CUDA", "")
     if forced not in ("", "0", "1"):
         sys.exit(f"error: CHARRNN_FAST_CUDA must be 1 or 0, not {forced!r}.")
-    if forced == "0" or not HAVE_TORCH or not glob.glob("csrc/cuda/*.cu"):
+    if forced != "1" or not HAVE_TORCH or not glob.glob("csrc/cuda/*.cu"):
         return False
-    if forced == "1" and cuda_home() is None:
+    if cuda_home() is None:
         sys.exit("error: CHARRNN_FAST_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME.")
-    return cuda_home() is not None and (forced == "1" or torch.version.cuda is not None)
+    return True
 
 
 def extension():

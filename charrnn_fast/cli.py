@@ -419,6 +419,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     import charrnn_fast
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no"
+    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::rnn_layer", "CUDA")
     rows = {
         "charrnn_fast": charrnn_fast.__version__,
         "python": platform.python_version(),
@@ -426,6 +427,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": cuda,
+        "CUDA kernels": "in this build" if kernels else "not in this build",
         "instruction sets": ", ".join(charrnn_fast.available_isas()),
         "in use": charrnn_fast.current_isa(),
         "build": json.dumps(charrnn_fast.build_info()),

@@ -310,7 +310,7 @@ def test_tensorboard(capsys, text, tmp_path):
 def test_info(capsys):
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
-    for word in ("charrnn_fast", "torch", "threads", "cuda", "instruction sets"):
+    for word in ("charrnn_fast", "torch", "threads", "cuda", "CUDA kernels", "instruction sets"):
         assert word in shown
 
 
