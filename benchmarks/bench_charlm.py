@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from .common import ALL_CPUS, Shape, Side, use_threads
+from .common import Shape, Side, use_threads
 
 SIDES = {"fast": "module", "torch": "nn.RNN"}
 TEXT = os.environ.get("CHARRNN_FAST_BENCH_TEXT")
@@ -57,7 +57,7 @@ def bench_training(size, trainer_of, side_by_side):
     side_by_side(f"charlm training {size}", shape, sides, characters=shape.B * shape.T)
 
 
-@pytest.mark.skipif(len(ALL_CPUS) < 2, reason="needs two cores")
+@pytest.mark.usefixtures("two_cores")
 def bench_training_threads(trainer_of, side_by_side):
     """Two threads beside one; the losses are the same bits."""
     sides, losses = [], []

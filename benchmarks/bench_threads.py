@@ -10,7 +10,7 @@ import pytest
 from . import peers
 from .common import ALL_CPUS, Problem, Shape, check, use_threads
 
-pytestmark = pytest.mark.skipif(len(ALL_CPUS) < 2, reason="needs two cores")
+pytestmark = pytest.mark.usefixtures("two_cores")
 
 # One sequence: the hidden units are divided.
 SINGLE = [Shape(1, 100, 64, 256), Shape(1, 100, 64, 512), Shape(1, 50, 64, 1024)]

@@ -34,10 +34,12 @@ def build(source: str, *flags: str) -> ctypes.CDLL:
 
 @functools.cache
 def machine() -> ctypes.CDLL:
-    library = build("machine.cpp", "-march=native")
+    library = build("machine.cpp", "-march=native", "-pthread")
     for name in ("fma_loop", "bf16_loop", "cycle_loop"):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_double
+    library.lost_share.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_double]
+    library.lost_share.restype = ctypes.c_double
     library.read_loop.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.read_loop.restype = ctypes.c_double
     return library
@@ -65,6 +67,11 @@ def core_limits() -> dict[str, float]:
         "l2_read_gbytes": best_rate(lambda: library.read_loop(address, 256 * 1024, 200)) / 1e9,
         "clock_ghz": best_rate(lambda: library.cycle_loop(3_000_000)) / 1e9,
     }
+
+
+def lost_share(cpus: list[int], seconds: float = 1.0) -> float:
+    """Share of the time that two busy cores do not get though nothing else runs: the host's."""
+    return machine().lost_share(cpus[0], cpus[1], seconds)
 
 
 @functools.cache

@@ -1,8 +1,13 @@
 // What this core can do at best: register-only FMA loops, reads from L2, and its clock.
 // Built for the machine it runs on (-march=native); nothing here is shipped.
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -119,6 +124,34 @@ double cycle_loop(int64_t cycles) {
   }
   hide(&x);
   return static_cast<double>((cycles + 31) / 32 * 32);
+}
+
+// Share of the time that two spinning threads, on the CPUs given, do not get: with nothing else
+// running, what a hypervisor keeps from a virtual machine whose cores are all busy.
+double lost_share(int32_t first_cpu, int32_t second_cpu, double seconds) {
+  std::atomic<int> ready{0};
+  const auto lost = [&](int cpu, double* share) {
+    using Clock = std::chrono::steady_clock;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    sched_setaffinity(0, sizeof(set), &set);
+    for (++ready; ready < 2;) continue;
+    const auto begin = Clock::now();
+    std::chrono::duration<double> gaps{}, passed{};
+    for (auto last = begin; passed.count() < seconds;) {
+      const auto now = Clock::now();
+      if (now - last > std::chrono::microseconds(50)) gaps += now - last;
+      last = now;
+      passed = now - begin;
+    }
+    *share = gaps.count() / passed.count();
+  };
+  double shares[2];
+  std::thread a(lost, first_cpu, &shares[0]), b(lost, second_cpu, &shares[1]);
+  a.join();
+  b.join();
+  return shares[0] > shares[1] ? shares[0] : shares[1];
 }
 
 }  // extern "C"
