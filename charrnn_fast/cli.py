@@ -292,10 +292,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     progress = trainer.run()
     trainer.say(f"saved in {options.out_dir}; best at step {progress.best_step}; "
                 f"try: charrnn-fast sample {options.out_dir}")  # fmt: skip
-    if trainer.world > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
+    trainer.leave_group()
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

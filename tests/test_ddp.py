@@ -1,5 +1,9 @@
 """DistributedDataParallel: two processes give the gradients of one."""
 
+import gc
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,12 +31,17 @@ def gradients(module, x, lengths):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    # Imported later, it would keep the group, whose threads may abort a process that ends.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rnn, x = make()
     half = slice(2 * rank, 2 * rank + 2)
     grads = gradients(nn.parallel.DistributedDataParallel(rnn), x[:, half], LENGTHS[half])
     torch.save(grads, f"{folder}/{rank}.pt")
+    gc.collect()
     dist.destroy_process_group()
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -8,6 +8,7 @@ weights, bit for bit, with any number of threads.
 # ruff: noqa: RUF009 (option() is dataclasses.field with less to write)
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -467,6 +468,17 @@ class Trainer:
         dist.all_reduce(raised)
         return bool(raised.item())
 
+    def leave_group(self) -> None:
+        """The end of a process under torchrun; without torchrun, nothing. It can no longer train.
+
+        With the last reference to the group its threads end. One that lived on could drop, while
+        the interpreter shuts down, what it holds of a collective, and so abort the process.
+        """
+        if self.world > 1:
+            self.call = self.model
+            gc.collect()  # DistributedDataParallel refers to itself
+            dist.destroy_process_group()
+
     def _gather(self, mine: Tensor) -> list[Tensor]:
         """The same-shaped tensors of all processes, by rank."""
         if self.world == 1:
@@ -594,6 +606,10 @@ def join_group(device: str) -> tuple[int, int]:
     if world == 1:
         return 0, 1
     if not dist.is_initialized():
+        # Functions of this module have the group of the whole world as a default argument, and
+        # DistributedDataParallel imports it: after the group is made they would keep it for ever.
+        import torch.distributed.nn.functional  # noqa: F401
+
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return dist.get_rank(), world
 
