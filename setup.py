@@ -10,6 +10,7 @@ build with other flags or another compiler has its own).
 """
 
 import glob
+import hashlib
 import importlib.util
 import os
 import platform
@@ -61,6 +62,19 @@ ISA_FLAGS = {
     },
     "aarch64": {"baseline": "", "neon": ""},
 }.get(os.environ.get("CHARRNN_FAST_MACHINE") or platform.machine(), {"baseline": ""})
+
+# What Python calls is declared in these: by their digest charrnn_fast/_extension.py tells whether
+# the extension goes with the Python files beside it.
+INTERFACE = ("csrc/generate.cpp", "csrc/module.cpp", "csrc/ops.cpp")
+
+
+def interface_digest():
+    """The digest of INTERFACE."""
+    digest = hashlib.sha256()
+    for path in INTERFACE:
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def isa_sources():
@@ -201,9 +215,11 @@ if HAVE_TORCH:
                     ext.extra_objects += objects
                 if with_cuda():
                     ext.extra_objects += pool.map(build_cuda, sorted(glob.glob("csrc/cuda/*.cu")))
+            # Taken before, so that a source that changes meanwhile is noticed.
+            digest = interface_digest()
             super().build_extension(ext)
             with open(self.version_file(self.build_lib), "w", encoding="ascii") as file:
-                file.write(torch.__version__ + "\n")
+                file.write(f"{torch.__version__}\n{digest}\n")
 
         def copy_extensions_to_source(self):
             super().copy_extensions_to_source()
@@ -214,7 +230,7 @@ if HAVE_TORCH:
 
         @staticmethod
         def version_file(root):
-            """Where charrnn_fast/_extension.py reads which torch the extension was built with."""
+            """Where charrnn_fast/_extension.py reads with what the extension was built."""
             return os.path.join(root, "charrnn_fast", "_C.torch")
 
 else:

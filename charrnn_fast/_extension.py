@@ -1,8 +1,12 @@
 """Loads the compiled extension, or says in one sentence why it cannot be."""
 
+import hashlib
 from pathlib import Path
 
 import torch
+
+# What Python calls is declared in these. setup.py has the same list.
+INTERFACE = ("csrc/generate.cpp", "csrc/module.cpp", "csrc/ops.cpp")
 
 
 def built_with() -> str:
@@ -11,8 +15,13 @@ def built_with() -> str:
     Raises:
         ImportError: The extension has not been built.
     """
+    return _stamp()[0]
+
+
+def _stamp() -> list[str]:
+    """What setup.py wrote beside the extension: torch's version, the digest of INTERFACE."""
     try:
-        return (Path(__file__).parent / "_C.torch").read_text(encoding="ascii").strip()
+        return (Path(__file__).parent / "_C.torch").read_text(encoding="ascii").split()
     except FileNotFoundError:
         raise ImportError(
             "charrnn_fast's extension has not been built: in its source folder, run `make build`, "
@@ -34,7 +43,25 @@ def check(built: str, running: str) -> None:
         )
 
 
+def check_sources(stamp: list[str], root: Path) -> None:
+    """Refuses an extension that was built from other sources than lie beside the package, if any.
+
+    Raises:
+        ImportError: They differ, as they do after a pull without a build.
+    """
+    paths = [root / name for name in INTERFACE]
+    if not all(path.exists() for path in paths):
+        return
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    if digest not in stamp[1:]:
+        raise ImportError(
+            f"charrnn_fast's extension is older than the sources in {root}, or not built from "
+            "them: run `make build` there, or `pip install --no-build-isolation -e .`"
+        )
+
+
 check(built_with(), torch.__version__)
+check_sources(_stamp(), Path(__file__).parent.parent)
 try:
     from charrnn_fast import _C as _C
 except ImportError as error:

@@ -1,5 +1,6 @@
 """What was built: the right instructions in the right files, the right torch, a sound package."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -18,8 +19,14 @@ needs_objects = pytest.mark.skipif(
     not objects() or shutil.which("objdump") is None,
     reason="needs binutils and the source tree that was built",
 )
+
+
+def is_installed(name: str) -> bool:
+    return bool(list(metadata.Distribution.discover(name=name)))
+
+
 needs_metadata = pytest.mark.skipif(
-    not list(metadata.Distribution.discover(name="charrnn_fast")), reason="needs an installation"
+    not is_installed("charrnn_fast"), reason="needs an installation"
 )
 # Instructions with a VEX or EVEX prefix, which begin with v; verr and verw are old.
 VECTOR_EXTENSION = re.compile(r"^\s*[0-9a-f]+:\s+v(?!err|erw)[a-z0-9]+\s", re.MULTILINE)
@@ -101,6 +108,34 @@ def test_the_extension_says_what_it_was_built_with() -> None:
     assert _extension.built_with() == torch.__version__
 
 
+def test_a_stale_extension_is_one_sentence(tmp_path: Path) -> None:
+    """After a pull without a build, what was built before is refused before it is loaded."""
+    for name in _extension.INTERFACE:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("an op\n", encoding="utf-8")
+    digest = hashlib.sha256(b"an op\n" * len(_extension.INTERFACE)).hexdigest()
+    _extension.check_sources([torch.__version__, digest], tmp_path)
+    (tmp_path / _extension.INTERFACE[0]).write_text("another op\n", encoding="utf-8")
+    for stamp in ([torch.__version__, digest], [torch.__version__]):
+        with pytest.raises(ImportError, match=r"is older than the sources in .*: run `make build`"):
+            _extension.check_sources(stamp, tmp_path)
+
+
+@needs_objects
+def test_the_extension_goes_with_its_sources() -> None:
+    """The digest beside the extension is that of the sources that it was built from."""
+    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in _extension.INTERFACE))
+    stamp = Path(_extension.__file__).with_name("_C.torch").read_text(encoding="ascii").split()
+    assert stamp == [torch.__version__, digest.hexdigest()]
+    declared = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").glob("*.cpp")
+        if re.search(r"TORCH_LIBRARY(_FRAGMENT)?\(|PYBIND11_MODULE\(", path.read_text())
+    }
+    assert declared == set(_extension.INTERFACE)
+
+
 def test_a_missing_extension_is_one_sentence(tmp_path: Path) -> None:
     """A source folder that was not built says what to do."""
     shutil.copytree(
@@ -148,7 +183,9 @@ def test_the_lock_names_all_that_testing_and_linting_installs() -> None:
         if "==" in line
     }
     # The Makefile pins torch; without an extra, metadata says what is needed at run time.
-    seen, wanted = {"torch"}, ["charrnn-fast[test]", "torch", "ruff", "mypy", "clang-format"]
+    # What `make lint` uses is there once that was run.
+    lint = [name for name in ("ruff", "mypy", "clang-format") if is_installed(name)]
+    seen, wanted = {"torch"}, ["charrnn-fast[test]", "torch", *lint]
     while wanted:
         name, _, extra = wanted.pop().partition("[")
         for line in metadata.requires(name) or []:
@@ -156,7 +193,7 @@ def test_the_lock_names_all_that_testing_and_linting_installs() -> None:
             needed = plain(re.split(r"[\s<>=!~;\[(]", needed, maxsplit=1)[0])
             if "extra" in condition and f'"{extra.rstrip("]")}"' not in condition:
                 continue
-            if needed in seen or not list(metadata.Distribution.discover(name=needed)):
+            if needed in seen or not is_installed(needed):
                 continue
             seen.add(needed)
             wanted.append(needed)
