@@ -207,7 +207,7 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
 
 def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None:
     """The fields of TrainOptions as flags; what concerns the folder of a run only ``to_run``."""
-    from .charlm.train import TrainOptions
+    from .charlm.options import TrainOptions
 
     hints = get_type_hints(TrainOptions)
     for f in fields(TrainOptions):
@@ -240,7 +240,7 @@ def read_config(path: str) -> dict[str, Any]:
     else:  # the same module, before it joined Python
         import tomli as tomllib
 
-    from .charlm.train import TrainOptions
+    from .charlm.options import TrainOptions
 
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -269,7 +269,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags and the file of --config say; flags win."""
-    from .charlm.train import TrainOptions
+    from .charlm.options import TrainOptions
 
     given = read_config(arguments.config) if arguments.config else {}
     return given | {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
@@ -277,7 +277,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from .charlm.train import Trainer, TrainOptions, resumed_options
+    from .charlm.options import TrainOptions, resumed_options
+    from .charlm.train import Trainer
 
     given = given_options(arguments)
     if arguments.resume:
@@ -339,10 +340,10 @@ def run_eval(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from .charlm.checkpoint import from_pretrained
-    from .charlm.data import LineBatches, encode_file
+    from .charlm.data import LineBatches, encode_file, held_out_part
     from .charlm.evaluate import evaluate_lines, evaluate_stream
     from .charlm.model import bits
-    from .charlm.train import held_out_part, saved_options
+    from .charlm.options import saved_options
 
     model, vocabulary, training = from_pretrained(
         arguments.run, arguments.backend, arguments.device, arguments.last
@@ -395,7 +396,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from .charlm.bench import bench
-    from .charlm.train import TrainOptions
+    from .charlm.options import TrainOptions
 
     options = replace(TrainOptions(), **given_options(arguments))
     if not arguments.seconds > 0:

@@ -5,8 +5,9 @@ from .data import builtin_text, load_corpus
 from .errors import TrainingDiverged, UsageError
 from .evaluate import evaluate, evaluate_stream
 from .model import CharRNN, ModelConfig, build_model
+from .options import TrainOptions
 from .sample import SampleOptions, sample, stream
-from .train import Trainer, TrainOptions, train
+from .train import Trainer, train
 from .vocabulary import ByteVocabulary, Vocabulary
 
 __all__ = [

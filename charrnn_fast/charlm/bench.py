@@ -15,8 +15,9 @@ import torch
 
 from .errors import UsageError
 from .model import Backend
+from .options import TrainOptions
 from .sample import stream
-from .train import Trainer, TrainOptions
+from .train import Trainer
 
 CHECKED = 5  # steps whose losses must agree before anything is timed
 AGREEMENT = 1e-4

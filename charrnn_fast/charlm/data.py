@@ -7,13 +7,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .options import TrainOptions, saved_options
 from .vocabulary import CHUNK, MAX_CODE_POINT, ByteVocabulary, Ids, OnUnknown, Vocabulary
 from .vocabulary import code_points as to_code_points
 
@@ -238,3 +239,37 @@ class LineBatches:
             targets[len(text), column] = self.line_break
             count += len(text) + 1
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), count, fresh=True)
+
+
+def prepare(
+    options: TrainOptions, vocabulary: Vocabulary, ids: Ids
+) -> tuple[Batches, Ids | LineBatches | None]:
+    """Batches to train on, and what is held out; None where that is too short to predict."""
+    train, held_out = split(ids, options.val_fraction)
+    if not options.lines:
+        batches = StreamBatches(train, options.batch_size, options.seq_length)
+        return batches, held_out if len(held_out) > 1 else None
+    end = vocabulary.characters.find("\n")
+    if end < 0:
+        raise UsageError("--lines needs a text with line breaks")
+    cut = len(train) - int((train[::-1] == end).argmax()) if end in train else len(train)
+    lines = LineBatches(ids[:cut], options.batch_size, end, options.seed)
+    rest = ids[cut:]
+    return lines, LineBatches(rest, options.batch_size, end, 0) if (rest != end).any() else None
+
+
+def held_out_part(saved: dict[str, Any]) -> Ids | LineBatches:
+    """What a run held out of its text, by the options in its config.json.
+
+    UsageError where that is not to be had: the text has moved or changed, or nothing was held out.
+    """
+    if not saved:
+        raise UsageError("this folder holds a model without its training: name a text")
+    options = saved_options(saved)
+    corpus = load_corpus(options.text, options.bytes)
+    if text_hash(corpus.ids) != saved.get("text_sha256"):
+        raise UsageError(f"{options.text or 'the built-in text'} has changed since the training")
+    _, part = prepare(options, corpus.vocabulary, corpus.ids)
+    if part is None:
+        raise UsageError("nothing was held out in this training: name a text")
+    return part

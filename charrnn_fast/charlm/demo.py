@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from .model import bits
+from .options import TrainOptions
 from .sample import sample
-from .train import Trainer, TrainOptions
+from .train import Trainer
 
 COMPARED = 100  # steps whose losses must agree; later ones drift apart, as rounding errors do
 AGREEMENT = 1e-4  # relative

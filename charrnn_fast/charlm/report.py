@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ import numpy as np
 
 from . import checkpoint
 from .checkpoint import Pretrained, from_pretrained
-from .data import LineBatches
+from .data import LineBatches, held_out_part
 from .errors import UsageError
 from .evaluate import surprisals
+from .metrics import read_metrics
 from .model import Backend, bits
 from .sample import sample
-from .train import held_out_part
 from .vocabulary import Ids, Vocabulary
 
 TEMPERATURES = (0.5, 0.8, 1.0, 1.2)
@@ -79,19 +78,6 @@ def write_report(
     path = Path(output) if output else run / "report.html"
     checkpoint.write_atomic(path, "\n".join(parts).encode("utf-8", "replace"))
     return path
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last one that is still being written is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from charrnn_fast.charlm import ModelConfig, UsageError, Vocabulary, build_model, save_pretrained
-from charrnn_fast.charlm.report import TEMPERATURES, colour, read_metrics, write_report
+from charrnn_fast.charlm.metrics import read_metrics
+from charrnn_fast.charlm.report import TEMPERATURES, colour, write_report
 
 pytest.importorskip("matplotlib", reason="needs: pip install matplotlib")
 

@@ -18,7 +18,8 @@ from torch import nn
 from charrnn_fast.charlm import Trainer, TrainingDiverged, UsageError, evaluate, sample, train
 from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
 from charrnn_fast.charlm.evaluate import evaluate_stream
-from charrnn_fast.charlm.train import clip_gradients, learning_rate, resumed_options
+from charrnn_fast.charlm.optimizer import clip_gradients
+from charrnn_fast.charlm.options import learning_rate, resumed_options
 
 TIMES = ("seconds", "chars_per_second")
 
@@ -270,7 +271,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(options, rate):
     trainer = Trainer(options, say=None)
     for _ in range(3):
         trainer.train_step()
-    trainer._save()
+    trainer.save()
     trainer.options = replace(options, learning_rate=rate)
     with pytest.raises(TrainingDiverged, match=r"loss became .* near step .*last good checkpoint"):
         trainer.run()
@@ -440,7 +441,7 @@ from charrnn_fast.charlm import Trainer, TrainOptions
 trainer = Trainer({options!r}, say=None)
 for _ in range(3):
     trainer.train_step()
-torch.save([p.grad for p in trainer.parameters], "{folder}/grads-%d" % trainer.rank)
+torch.save([p.grad for p in trainer.parameters], "{folder}/grads-%d" % trainer.group.rank)
 trainer.leave_group()
 threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
 assert not [name for name in threads if "gloo" in name], threads

@@ -1,0 +1,70 @@
+"""The processes of a training: one alone, or those that torchrun has started."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Group:
+    """This process's ``rank`` among ``size`` ones, and what they do together.
+
+    Without torchrun the size is 1, and everything here leaves its argument as it is.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if self.size == 1:
+            return
+        if not dist.is_initialized():
+            # Functions of this module have the group of the whole world as a default argument, and
+            # DistributedDataParallel imports it: after the group is made they would keep it for
+            # ever.
+            from torch.distributed.nn import functional  # noqa: F401
+
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, with gradients that are means over the processes."""
+        return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
+
+    def sum(self, mine: Tensor) -> Tensor:
+        if self.size == 1:
+            return mine
+        total = mine.clone()
+        dist.all_reduce(total)
+        return total
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process raises the flag."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """The same-shaped tensors of all processes, by rank."""
+        if self.size == 1:
+            return [mine]
+        mine = mine.contiguous().to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [part.cpu() for part in parts]
+
+    def leave(self) -> None:
+        """The end of a process under torchrun, once nothing refers to a ``parallel`` model.
+
+        With the last reference to the group its threads end. One that lived on could drop, while
+        the interpreter shuts down, what it holds of a collective, and so abort the process.
+        """
+        if self.size > 1:
+            gc.collect()  # DistributedDataParallel refers to itself
+            dist.destroy_process_group()

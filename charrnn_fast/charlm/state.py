@@ -1,0 +1,104 @@
+"""What a run needs to go on as if it had never stopped: counters, and the tensors beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import checkpoint
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .train import Trainer
+
+
+@dataclass
+class Progress:
+    """The counters of a run: with the tensors of the training state, all that resuming needs."""
+
+    step: int = 0
+    best_loss: float = math.inf  # nats, held out (of the last training window without held-out)
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    val_loss: float = math.nan
+    train_loss: float = math.nan  # mean since the last line of metrics
+    window_steps: int = 0
+    window_seconds: float = 0.0
+    seconds: float = 0.0  # spent in training steps
+    finished: bool = False
+
+
+def save_state(trainer: Trainer) -> None:
+    """Writes the training state. Every process calls it, the first one writes."""
+    gather, state = trainer.group.gather, trainer.state
+    tensors = {
+        "window": torch.stack(gather(trainer.window)).sum(),
+        "random": torch.stack(gather(torch.get_rng_state())).cpu(),
+    }
+    if trainer.device.type == "cuda":
+        mine = torch.cuda.get_rng_state(trainer.device)
+        tensors["random_cuda"] = torch.stack(gather(mine)).cpu()
+    if state is not None and not trainer.options.lines:
+        # Process r has the sequences r, r + size, ...: interleave them again.
+        tensors["state"] = torch.stack(gather(state), dim=2).flatten(1, 2)
+    if trainer.group.rank:
+        return
+    tensors |= {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    about = {"progress": asdict(trainer.progress), "text_sha256": trainer.text_hash}
+    checkpoint.write_tensors(trainer.folder / checkpoint.LAST, tensors, about)
+
+
+def restore_state(trainer: Trainer) -> None:
+    """Reads it again, if any was written. UsageError for a file that is damaged or does not fit."""
+    path = trainer.folder / checkpoint.LAST
+    if not path.exists():  # stopped before the first checkpoint: the beginning is the same
+        return
+    tensors, about = checkpoint.read_tensors(path)
+    if about.get("text_sha256") != trainer.text_hash:
+        raise UsageError(
+            f"the text is not the one {trainer.folder} was trained on; resume with that one"
+        )
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    checkpoint.check_weights(trainer.config, weights, path)
+    trainer.model.load_state_dict(weights)
+    group, device = trainer.group, trainer.device
+    try:
+        progress = Progress(**about["progress"])
+        for name, parameter in trainer.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            moments = {k: tensors[prefix + k] for k in ("exp_avg", "exp_avg_sq")}
+            if any(moment.shape != parameter.shape for moment in moments.values()):
+                raise ValueError(f"the optimizer's state of {name} has another shape")
+            trainer.optimizer.state[parameter] = {
+                "step": tensors[prefix + "step"].to(device),
+                **{k: moment.to(device) for k, moment in moments.items()},
+            }
+        if group.size == len(tensors["random"]):
+            torch.set_rng_state(tensors["random"][group.rank].clone())
+        if "random_cuda" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random_cuda"][group.rank], device)
+        if group.rank == 0:
+            trainer.window.copy_(tensors["window"])
+        if "state" in tensors:
+            batch_size = trainer.batches.batch_size
+            shape = (trainer.config.num_layers, batch_size, trainer.config.hidden_size)
+            if tensors["state"].shape != shape:
+                raise ValueError(f"the carried state is {tuple(tensors['state'].shape)}")
+            mine = tensors["state"][:, group.rank :: group.size]
+            trainer.state = mine.contiguous().to(device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+    if type(progress.step) is not int or progress.step < 0:
+        raise UsageError(f"{path} is damaged: step {progress.step!r}")
+    if progress.step >= trainer.total_steps:
+        raise UsageError(
+            f"{trainer.folder} is finished at step {progress.step}; give more --max-epochs to go on"
+        )
+    progress.finished = False  # it had stopped early, perhaps
+    trainer.progress = progress
