@@ -58,9 +58,9 @@ class Barrier {
   alignas(64) std::atomic<int64_t> generation_{0};
 };
 
-// The cheapest team by a rough count of cycles per step. Constants were measured on a Zen 4 core
-// with AVX-512; they decide speed only, never results.
-Plan plan_team(const Layer& layer, int threads, double passes) {
+// The cheapest way by a rough count of cycles. Constants were measured on a Zen 4 core with
+// AVX-512; they decide speed only, never results.
+Plan cheapest_plan(const Layer& layer, int threads, double passes) {
   constexpr double kBarrierCycles = 700;
   constexpr double kStartCycles = 20000;  // waking the threads
   constexpr double kLanes = 16;
@@ -72,30 +72,33 @@ Plan plan_team(const Layer& layer, int threads, double passes) {
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));
   const double steps = layer.T;
   Plan best{1, Split::kBatch, false};
-  double best_cost = steps * recurrence(layer.B) + products;
-  const auto consider = [&](int members, Split split, double cost) {
+  double best_cost = layer.D * (steps * recurrence(layer.B) + products);
+  // `cost` of one direction, by as many threads.
+  const auto consider = [&](int members, Split split, bool at_once, double cost) {
+    if (members * (at_once ? 2 : 1) > 1) cost += kStartCycles;
+    if (!at_once) cost *= layer.D;
     if (cost < best_cost) {
-      best = {members, split, false};
+      best = {members, split, at_once};
       best_cost = cost;
     }
   };
-  const int by_batch = static_cast<int>(std::min<int64_t>(threads, layer.B));
-  if (by_batch > 1) {
+  for (const bool at_once : {true, false}) {
+    const int most = at_once ? threads / 2 : threads;
+    if (at_once && (layer.D == 1 || most == 0)) continue;
+    const int by_batch = static_cast<int>(std::clamp<int64_t>(layer.B, 1, most));
     const double rows = (layer.B + by_batch - 1) / by_batch;
-    consider(by_batch, Split::kBatch,
-             kStartCycles + steps * recurrence(rows) + products / by_batch);
-  }
-  const int by_hidden = static_cast<int>(std::min<int64_t>(threads, (layer.H + 63) / 64));
-  if (by_hidden > 1) {
-    consider(by_hidden, Split::kHidden,
-             kStartCycles + steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) +
-                 products / by_hidden);
+    consider(by_batch, Split::kBatch, at_once, steps * recurrence(rows) + products / by_batch);
+    const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
+    if (by_hidden > 1) {
+      consider(by_hidden, Split::kHidden, at_once,
+               steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden);
+    }
   }
   return best;
 }
 
-// Runs call(direction, team) for each direction, in teams of plan.members, all at once where cores
-// allow.
+// Runs call(direction, team) for each direction, in teams of plan.members, both at once where
+// plan.at_once says so.
 template <typename Call>
 void run_teams(int64_t directions, const Plan& plan, const Call& call) {
   const int members = plan.members;
@@ -130,10 +133,7 @@ int threads_to_use(const Layer& layer, double passes) {
 }
 
 Plan make_plan(const Layer& layer, double passes) {
-  const int threads = threads_to_use(layer, passes);
-  Plan plan = plan_team(layer, threads, passes);
-  plan.at_once = layer.D > 1 && threads >= 2 * plan.members;
-  return plan;
+  return cheapest_plan(layer, threads_to_use(layer, passes), passes);
 }
 
 // The layout of the rows, with the arrays it points to.

@@ -73,14 +73,48 @@ def test_plans():
     assert explain(charrnn_fast.RNN(3, 5), X).threads == 1
 
 
-@pytest.mark.parametrize("shape", [(100, 64, 64, 128), (60, 1, 64, 512), (4, 2, 3, 5)], ids=str)
-def test_threads_that_really_run(shape):
+@pytest.mark.parametrize(
+    ("shape", "threads", "plan"),
+    [
+        ((200, 1, 64), 1, "1 thread"),
+        ((200, 1, 64), 2, "2 threads, both directions at once"),
+        ((200, 1, 64), 4, "2 threads, both directions at once"),  # too small for a team each
+        ((100, 64, 128), 2, "2 threads, both directions at once"),
+        ((100, 64, 128), 4, "4 threads, split by batch, both directions at once"),
+        ((100, 1, 1024), 4, "4 threads, split by hidden, both directions at once"),
+        ((100, 96, 256), 3, "3 threads, split by batch"),  # one direction each would leave one idle
+        ((2, 1, 8), 4, "1 thread"),  # not worth waking anybody
+        ((5, 0, 64), 4, "1 thread"),
+    ],
+)
+def test_both_directions_at_once(shape, threads, plan):
+    """Each direction has its threads, unless one after the other by all threads takes less."""
+    T, B, H = shape
+    torch.set_num_threads(threads)
+    explanation = explain(charrnn_fast.RNN(16, H, bidirectional=True), torch.empty(T, B, 16))
+    assert str(explanation.forward[0]) == str(explanation.backward[0]) == plan
+    one_way = explain(charrnn_fast.RNN(16, H), torch.empty(T, B, 16))
+    assert not one_way.forward[0].at_once
+
+
+@pytest.mark.parametrize(
+    ("shape", "bidirectional"),
+    [
+        ((100, 64, 64, 128), False),
+        ((60, 1, 64, 512), False),
+        ((4, 2, 3, 5), False),
+        ((200, 1, 16, 64), True),
+    ],
+    ids=str,
+)
+def test_threads_that_really_run(shape, bidirectional):
     """A process grows by as many threads as explain() says the call will use, less its own."""
     T, B, I, H = shape
     code = f"""
 import os, torch, charrnn_fast
 torch.set_num_threads(3)
-rnn, x = charrnn_fast.RNN({I}, {H}), torch.empty({T}, {B}, {I})
+rnn = charrnn_fast.RNN({I}, {H}, bidirectional={bidirectional})
+x = torch.empty({T}, {B}, {I})
 said = charrnn_fast.explain(rnn, x).forward[0].threads
 before = len(os.listdir("/proc/self/task"))
 with torch.no_grad():
