@@ -61,7 +61,7 @@ class Barrier {
 // The cheapest way by a rough count of cycles. Constants were measured on a Zen 4 core with
 // AVX-512; they decide speed only, never results.
 Plan cheapest_plan(const Layer& layer, int threads, double passes) {
-  constexpr double kBarrierCycles = 700;
+  constexpr double kBarrierCycles = 3000;
   constexpr double kStartCycles = 20000;  // waking the threads
   constexpr double kLanes = 16;
   // Below two rows, loading the weights takes longer than multiplying by them.
