@@ -12,6 +12,17 @@ from charrnn_fast.tracing import fx_call, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
 
+# What nn.RNN's forward asks of itself, which a subclass may have overridden. The short way asks
+# nothing; csrc/module.cpp has the same list, for attributes of one instance.
+_HOOKS = (
+    "_update_flat_weights",
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "get_expected_hidden_size",
+    "permute_hidden",
+)
+
 
 class RNN(nn.RNN):
     """Drop-in for :class:`torch.nn.RNN`, whose arguments, attributes and errors it keeps.
@@ -31,6 +42,11 @@ class RNN(nn.RNN):
     """
 
     accepts_tokens = True  # what charlm asks, instead of asking for the class
+    _hooked = False  # whether a subclass overrides one of _HOOKS
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._hooked = any(getattr(cls, name) is not getattr(nn.RNN, name) for name in _HOOKS)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
@@ -82,7 +98,7 @@ class RNN(nn.RNN):
                 packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
                 return packed, self.permute_hidden(h_n, unsorted_indices)
             return self._scripted(input, hx, None, lengths)
-        if not _is_compiling():
+        if not self._hooked and not _is_compiling():
             result = ops.fast_forward(self.__dict__, input, hx, lengths)
             if result is not None:
                 return result
@@ -140,8 +156,6 @@ class RNN(nn.RNN):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if lengths is not None:
                 raise ValueError("RNN: lengths cannot be given with a PackedSequence")
-            if hx is not None and sorted_indices is not None:
-                hx = hx.index_select(1, sorted_indices)
         else:
             dim = data.dim() + (1 if tokens else 0)
             if dim not in (2, 3):
@@ -165,6 +179,8 @@ class RNN(nn.RNN):
                 lengths = torch.as_tensor(lengths)
                 if lengths.dim() == 0 and not batched:
                     lengths = lengths.unsqueeze(0)
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
         self._check(data, hx, batch_sizes, tokens, weights)
 
         major = data.transpose(0, 1) if self.batch_first and not packed else data
@@ -182,16 +198,15 @@ class RNN(nn.RNN):
             self.bidirectional,
         )
         if packed:
-            if unsorted_indices is not None:
-                h_n = h_n.index_select(1, unsorted_indices)
             assert batch_sizes is not None
-            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+            packed_output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed_output, self.permute_hidden(h_n, unsorted_indices)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             h_n = h_n.squeeze(1)
-        return output, h_n
+        return output, self.permute_hidden(h_n, None)
 
     def _current_weights(self) -> list[Tensor]:
         """The weights as nn.RNN finds them: parametrized, pruned, swapped or plain."""
@@ -210,6 +225,16 @@ class RNN(nn.RNN):
         weights: list[Tensor],
     ) -> None:
         """nn.RNN's own checks of input and hx; what token ids lack is left out."""
+        hooked = self._hooked or (
+            not _is_compiling() and any(name in self.__dict__ for name in _HOOKS)
+        )
+        if hooked and not tokens:
+            if hx is None:  # what nn.RNN gives to it
+                batch = 0 if self.batch_first else 1
+                B = input.shape[batch] if batch_sizes is None else int(batch_sizes[0])
+                layers = self.num_layers * (2 if self.bidirectional else 1)
+                hx = input.new_zeros(layers, B, self.hidden_size)
+            return self.check_forward_args(input, hx, batch_sizes)
         if not tokens and not _is_compiling():
             self.check_input(input, batch_sizes)
         elif not tokens:

@@ -22,7 +22,9 @@ struct Names {
 #define CHARRNN_FAST_NAMES(_)                                                            \
   _(_parameters) _(_flat_weights) _(_flat_weights_names) _(mode) _(bias) _(num_layers)   \
   _(dropout) _(training) _(bidirectional) _(batch_first) _(input_size) _(hidden_size)    \
-  _(nonlinearity) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)
+  _(nonlinearity) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)                        \
+  _(_update_flat_weights) _(check_forward_args) _(check_hidden_size) _(check_input)      \
+  _(get_expected_hidden_size) _(permute_hidden)
 // clang-format on
 #define CHARRNN_FAST_DECLARE(name) PyObject* name = PyUnicode_InternFromString(#name);
   CHARRNN_FAST_NAMES(CHARRNN_FAST_DECLARE)
@@ -71,6 +73,8 @@ class Attributes {
     const char* data = PyUnicode_AsUTF8AndSize(value, &size);
     return data == nullptr ? fail<std::string_view>() : std::string_view(data, size);
   }
+  // Whether the instance has an attribute of its own by this name, in place of its class's method.
+  bool overrides(PyObject* name) const { return PyDict_Contains(dict_, name) != 0; }
   // A parameter that is registered, and not hidden by an attribute of its name. Parametrized,
   // pruned and otherwise replaced weights are not found here, nor any other than `expected`.
   const at::Tensor* parameter(PyObject* name, PyObject* expected = nullptr) {
@@ -136,6 +140,10 @@ PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   if (module.failed || !PyList_CheckExact(weight_names) || !PyList_CheckExact(flat_weights) ||
       PyList_GET_SIZE(weight_names) != PyList_GET_SIZE(flat_weights)) {
     return none();
+  }
+  for (PyObject* hook : {name._update_flat_weights, name.check_forward_args, name.check_hidden_size,
+                         name.check_input, name.get_expected_hidden_size, name.permute_hidden}) {
+    if (module.overrides(hook)) return none();
   }
   std::vector<at::Tensor> weights;
   const Py_ssize_t n = PyList_GET_SIZE(weight_names);

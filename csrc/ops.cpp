@@ -59,7 +59,12 @@ Pair rnn(const Tensor& input, const Optional& hx, at::TensorList params,
   for (int64_t layer = 0; layer < num_layers; ++layer) {
     // Between layers, and in one call, as nn.RNN draws it: the same seed gives the same mask.
     if (layer > 0 && dropout != 0 && train) y = at::dropout(y, dropout, train);
-    const Optional h0 = hx.has_value() ? Optional(hx->narrow(0, layer * D, D)) : std::nullopt;
+    Optional h0 = hx.has_value() ? Optional(hx->narrow(0, layer * D, D)) : std::nullopt;
+    if (layer > 0 && batch_sizes.has_value() && !h0.has_value() &&
+        !h_n[0].sym_size(1).maybe_as_int().has_value()) {
+      // Traced: the first layer made a symbol of B, and the others would each make another.
+      h0 = at::zeros_like(h_n[0]);
+    }
     std::tie(y, h_n[layer]) = call_layer(y, h0, params.slice(layer * per_layer, per_layer),
                                          batch_sizes, lengths, mode, has_biases);
   }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import leaf, pair, weight_like
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import charrnn_fast
 from charrnn_fast.ops import assert_fused, counters
@@ -95,6 +96,55 @@ def test_full_graph_of_every_input(kind):
         (output.cos().sum() + h_n.sin().sum()).backward()
         results.append([output, h_n, *[p.grad for p in module.parameters()]])
     torch.testing.assert_close(results[1], results[0])
+
+
+class Packing(nn.Module):
+    """Packs by itself, and gives plain tensors back."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, lengths):
+        output, h_n = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return output.data, h_n
+
+
+def packed(*lengths):
+    return pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=False)
+
+
+@pytest.mark.usefixtures("allow_rnn")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_full_graph_of_packed_sequences(backend):
+    """A packed argument compiles, where nn.RNN fails, and serves other lengths and batches."""
+    rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
+    compiled = torch.compile(copy.deepcopy(rnn), fullgraph=True, dynamic=True, backend=backend)
+    for lengths in ((2, 4, 2), (1, 3, 4), (3, 3, 1, 5)):
+        x = packed(*lengths)
+        results = []
+        for module in (rnn, compiled):
+            output, h_n = module(x)
+            grads = torch.autograd.grad(
+                output.data.cos().sum() + h_n.sin().sum(), list(module.parameters())
+            )
+            results.append([output.data, h_n, *grads])
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_packed_sequences(strict):
+    """A packed argument exports, where nn.RNN fails, and without `strict` the packing does, too."""
+    rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
+    program = torch.export.export(rnn, (packed(2, 4, 2),), strict=strict).module()
+    x = packed(1, 3, 4)
+    torch.testing.assert_close(program(x)[1], rnn(x)[1])
+    if not strict:
+        model, x = Packing(rnn), torch.randn(4, 3, 3)
+        program = torch.export.export(model, (x, torch.tensor([2, 4, 2])), strict=False).module()
+        for lengths in ([1, 3, 4], [4, 2, 2], [4, 4, 4], [3, 1, 1]):
+            given = (x, torch.tensor(lengths))
+            torch.testing.assert_close(program(*given), model(*given))
 
 
 @pytest.mark.usefixtures("allow_rnn")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import pair
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import charrnn_fast
 
@@ -116,6 +117,94 @@ def test_subclass():
     plain = charrnn_fast.RNN(4, 4)
     plain.load_state_dict(rnn.state_dict())
     assert torch.equal(rnn(x)[0], plain(x)[0] + x)
+
+
+HOOKS = [
+    "_update_flat_weights",
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "get_expected_hidden_size",
+    "permute_hidden",
+]
+
+
+def watching(cls, names, calls):
+    """A subclass whose methods of these names note their arguments, and then do what they did."""
+
+    def watch(name):
+        def method(self, *args):
+            shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+            calls.append((name, shapes))
+            return getattr(super(Watching, self), name)(*args)
+
+        return method
+
+    Watching = type("Watching", (cls,), {name: watch(name) for name in names})
+    return Watching
+
+
+INPUTS = {
+    "batch": lambda m: m(torch.ones(4, 2, 3)),
+    "batch with hx": lambda m: m(torch.ones(4, 2, 3), torch.ones(2, 2, 5)),
+    "one sequence": lambda m: m(torch.ones(4, 3)),
+    "packed": lambda m: m(pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False)),
+    "packed with hx": lambda m: m(
+        pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False), torch.ones(2, 2, 5)
+    ),
+    "wrong input": lambda m: m(torch.ones(4, 2, 7)),
+    "wrong hx": lambda m: m(torch.ones(4, 2, 3), torch.ones(2, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("hooks", [*([name] for name in HOOKS), HOOKS], ids=",".join)
+@pytest.mark.parametrize("call", INPUTS)
+def test_overridden_checks_are_asked(hooks, call):
+    """What nn.RNN's forward asks of itself, and a subclass overrides, is asked of it as there."""
+    seen = []
+    for cls in (nn.RNN, charrnn_fast.RNN):
+        torch.manual_seed(0)
+        calls = []
+        module = watching(cls, hooks, calls)(3, 5, 2)
+        calls.clear()  # those of the constructor
+        try:
+            result = INPUTS[call](module)
+        except RuntimeError as error:
+            calls.append(("raised", str(error)))
+        else:
+            assert "wrong" not in call
+            torch.testing.assert_close(result[1], seen[0][1] if seen else result[1])
+        seen.append((calls, None if "wrong" in call else result[1]))
+    assert seen[0][0] == seen[1][0]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_checks_overridden_in_one_instance(name):
+    """An attribute of the instance in place of a method is asked, too."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(*args):
+        raise Asked
+
+    rnn = charrnn_fast.RNN(3, 5)
+    setattr(rnn, name, ask)
+    with pytest.raises(Asked):
+        rnn(torch.ones(4, 2, 3))
+
+
+def test_a_looser_check_of_sizes_holds():
+    """What the override lets pass reaches the computation, which has its own error."""
+
+    class Loose(charrnn_fast.RNN):
+        def check_input(self, input, batch_sizes):
+            pass
+
+    rnn = Loose(3, 5)
+    assert rnn(torch.ones(4, 2, 3))[0].shape == (4, 2, 5)
+    with pytest.raises(RuntimeError):
+        rnn(torch.ones(4, 2, 7))
 
 
 def test_hooks_run():
