@@ -48,10 +48,6 @@ template <typename S, typename Stored>
 struct Weights {
   Stored held[S::kHeld] = {};
   const Stored* shared;  // [groups - held][kThreads], at this thread
-
-  __device__ Stored group(int i) const {
-    return i < S::kHeld ? held[i] : shared[(i - S::kHeld) * kThreads];
-  }
 };
 
 template <typename Stored>
@@ -135,17 +131,27 @@ __device__ inline void product(const Weights<S, Stored>& weights, const float* s
 #pragma unroll
   for (int m = 0; m < S::kOutputs; ++m) sum[m] = 0.0f;
   const float4* quad = reinterpret_cast<const float4*>(state) + slice;
+  const auto add = [&](int m, const Stored& stored, const float4& s) {
+    const float4 w = unpack(stored);
+    sum[m] += w.x * s.x;
+    sum[m] += w.y * s.y;
+    sum[m] += w.z * s.z;
+    sum[m] += w.w * s.w;
+  };
+  constexpr int kHeldQuads = S::kHeld / S::kOutputs;
 #pragma unroll
-  for (int c = 0; c < S::kQuads; ++c) {
+  for (int c = 0; c < kHeldQuads; ++c) {
     const float4 s = quad[c * S::kSlices];
 #pragma unroll
-    for (int m = 0; m < S::kOutputs; ++m) {
-      const float4 w = unpack(weights.group(c * S::kOutputs + m));
-      sum[m] += w.x * s.x;
-      sum[m] += w.y * s.y;
-      sum[m] += w.z * s.z;
-      sum[m] += w.w * s.w;
-    }
+    for (int m = 0; m < S::kOutputs; ++m) add(m, weights.held[c * S::kOutputs + m], s);
+  }
+  // Were this unrolled, the compiler would load weights far ahead, and would run out of registers.
+  const Stored* shared = weights.shared;
+#pragma unroll 1
+  for (int c = kHeldQuads; c < S::kQuads; ++c, shared += S::kOutputs * kThreads) {
+    const float4 s = quad[c * S::kSlices];
+#pragma unroll
+    for (int m = 0; m < S::kOutputs; ++m) add(m, shared[m * kThreads], s);
   }
   constexpr int kFull = S::kOutputs / S::kSlices, kRest = S::kOutputs % S::kSlices;
 #pragma unroll

@@ -71,8 +71,8 @@ struct Tile {
 // whole columns of groups.
 constexpr Tile kBlockTiles[] = {
     {8, 1, 1, 1, false},   {8, 2, 2, 4, false},  {8, 3, 3, 9, false},   {8, 4, 4, 16, false},
-    {8, 5, 5, 25, false},  {8, 6, 6, 36, false}, {8, 7, 7, 49, false},  {8, 8, 8, 32, false},
-    {8, 9, 9, 36, false},  {8, 8, 8, 64, true},  {8, 10, 10, 70, true}, {8, 12, 12, 72, true},
+    {8, 5, 5, 25, false},  {8, 6, 6, 36, false}, {8, 7, 7, 49, false},  {8, 8, 8, 40, false},
+    {8, 9, 9, 36, false},  {8, 8, 8, 64, true},  {8, 10, 10, 80, true}, {8, 12, 12, 72, true},
     {8, 13, 13, 78, true},
 };
 constexpr int kBlockTileCount = sizeof(kBlockTiles) / sizeof(Tile);
@@ -80,7 +80,7 @@ constexpr int kBlockTileCount = sizeof(kBlockTiles) / sizeof(Tile);
 // kGrid: K = H = 128 * quads; a block has 8 * outputs of the H outputs.
 constexpr Tile kGridTiles[] = {
     {32, 13, 3, 39, false}, {32, 10, 4, 40, false}, {32, 7, 6, 42, false},
-    {32, 5, 8, 40, false},  {32, 4, 12, 32, false}, {32, 3, 16, 33, false},
+    {32, 5, 8, 40, false},  {32, 4, 12, 40, false}, {32, 3, 16, 39, false},
 };
 constexpr int kGridTileCount = sizeof(kGridTiles) / sizeof(Tile);
 

@@ -1,10 +1,11 @@
 """Compiles the kernels with nvcc and reads what ptxas says of them.
 
-usage: check_ptxas.py [--arch 75 80 90 100]
+usage: check_ptxas.py [--arch 75 80 90 100] [--write PAGE | --compare PAGE]
 
 Prints a table of registers, the blocks of 256 threads that they let a multiprocessor have, stack
-and spills, and of the shared memory that holds weights; exits with 1 when a kernel of the
-recurrence has a stack frame or spills.
+and spills, and of the shared memory that holds weights; exits with 1 when a kernel that runs once a
+step or more has a stack frame or spills. PAGE is docs/cuda.md: the table is put into it, or must be
+the one that is in it (unless that is of another nvcc).
 """
 
 import argparse
@@ -18,7 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["recurrence_forward.cu", "recurrence_backward.cu", "elementwise.cu", "generate.cu"]
-HOT = ("block", "grid")  # the kernels that run once a step or more
+HOT = ("block", "grid", "step")  # the kernels that run once a step or more
+THREADS = {"75": 1024, "80": 2048, "90": 2048, "100": 2048}  # that a multiprocessor can have
+BEGIN = "<!-- the output of tests/cuda/check_ptxas.py -->\n"
+END = "<!-- end of that output -->\n"
 
 
 def find_nvcc():
@@ -54,16 +58,21 @@ def demangled(symbol):
     return re.search(rf"\d({names})E", symbol).group(1)
 
 
-def weights_in_shared(name):
-    """Bytes of weights that a tile keeps in shared memory, from rnn_cuda.h; None: no tile."""
-    design = name.split()[0]
-    if design not in HOT:
-        return None
+def tiles(design):
+    """(outputs, quads, held, packed) of each tile of a design, from rnn_cuda.h."""
     header = (ROOT / "csrc/cuda/rnn_cuda.h").read_text()
     table = header.split(f"k{design.capitalize()}Tiles[] = {{")[1].split("};")[0]
-    row = re.findall(r"\{\d+, (\d+), (\d+), (\d+), (\w+)\}", table)[int(name.split()[3])]
-    outputs, quads, held = map(int, row[:3])
-    return (outputs * quads - held) * (8 if row[3] == "true" else 16) * 256
+    rows = re.findall(r"\{\d+, (\d+), (\d+), (\d+), (\w+)\}", table)
+    return [(*map(int, row[:3]), row[3] == "true") for row in rows]
+
+
+def weights_in_shared(name):
+    """Bytes of weights that a tile keeps in shared memory; None: the kernel has no tiles."""
+    design = name.split()[0]
+    if design not in ("block", "grid"):
+        return None
+    outputs, quads, held, packed = tiles(design)[int(name.split()[3])]
+    return (outputs * quads - held) * (8 if packed else 16) * 256
 
 
 def kernels(text):
@@ -76,10 +85,41 @@ def kernels(text):
         yield demangled(part.split("'")[0]), registers, stack, stores + loads
 
 
+def nvcc_release(nvcc):
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
+
+
+def render(archs, table, release):
+    """The table in Markdown. Threads come in blocks of 256, and registers of a thread in eights."""
+    heads = ["kernel", *(f"sm_{arch}" for arch in archs), "weights in shared memory"]
+    lines = [f"By nvcc {release}:", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, row in table.items():
+        cells = []
+        shared = weights_in_shared(name)
+        for arch in archs:
+            registers, stack, spills = row[arch]
+            blocks = min(65536 // (256 * -(-registers // 8) * 8), THREADS[arch] // 256)
+            note = f", {stack} B stack, {spills} B spilled" if stack or spills else ""
+            cells.append(f"{registers} ({blocks}){note}")
+        cells.append("" if shared is None else f"{shared // 1024} KB")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def split_page(path):
+    """What comes before the table in a page, the table, and what comes after it."""
+    before, rest = path.read_text().split(BEGIN)
+    table, after = rest.split(END)
+    return before + BEGIN, table, END + after
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", nargs="+", default=["75", "80", "90", "100"])
     parser.add_argument("--source", nargs="+", default=SOURCES)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--compare", type=Path)
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
@@ -94,20 +134,17 @@ def main():
                     table.setdefault(name, {})[arch] = (registers, stack, spills)
                     if name.startswith(HOT) and (stack or spills):
                         bad.append(f"{name} on sm_{arch}: {stack} bytes of stack, {spills} spilled")
-    # Threads come in blocks of 256, and registers of a thread in eights.
-    heads = ["kernel", *(f"sm_{arch}" for arch in options.arch), "weights in shared memory"]
-    print("| " + " | ".join(heads) + " |")
-    print("|" + "---|" * len(heads))
-    for name, row in table.items():
-        cells = []
-        shared = weights_in_shared(name)
-        for arch in options.arch:
-            registers, stack, spills = row[arch]
-            blocks = 65536 // (256 * -(-registers // 8) * 8)
-            note = f", {stack} B stack, {spills} B spilled" if stack or spills else ""
-            cells.append(f"{registers} ({blocks}){note}")
-        cells.append("" if shared is None else f"{shared // 1024} KB")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    text = render(options.arch, table, nvcc_release(nvcc))
+    print(text, end="")
+    if options.write:
+        before, _, after = split_page(options.write)
+        options.write.write_text(before + text + after)
+    if options.compare:
+        committed = split_page(options.compare)[1]
+        if committed.splitlines()[0] != text.splitlines()[0]:
+            print(f"{options.compare} has the table of another nvcc: not compared")
+        elif committed != text:
+            bad.append(f"{options.compare} has another table; mend it with --write")
     for line in bad:
         print("FAIL", line)
     sys.exit(bool(bad))
