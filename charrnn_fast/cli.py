@@ -287,7 +287,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         options = replace(TrainOptions(), **given)
     trainer = Trainer(options, resume=bool(arguments.resume), overwrite=arguments.overwrite)
     trainer.say(
-        f"{sum(p.numel() for p in trainer.parameters):,} weights, "
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
         f"{len(trainer.vocabulary)} characters, {trainer.total_steps} steps"
     )
     progress = trainer.run()

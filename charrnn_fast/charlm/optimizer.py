@@ -1,20 +1,93 @@
-"""Steps of the optimizer: the same bits for any number of threads."""
+"""The optimizer: a few calls a step, however many weights there are, and however small.
+
+Its sums have a fixed order: the same bits for any number of threads.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+LINE = 16  # numbers of a cache line, where each weight begins
+ROWS = 64  # a norm is that of so many rows, each summed by one thread
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scales all gradients so that their norm is at most ``limit`` (0: none); returns the norm.
 
-    Norms are taken row by row: a reduction of a whole matrix would add in an order that depends on
-    the number of threads.
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), on one vector.
+
+    All weights of a model become views of one vector, and their gradients of another one: names and
+    shapes stay, but ``grad`` is never None, and is to be filled anew after ``zero_grad``.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    rows = [torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients]
-    norm: Tensor = torch.linalg.vector_norm(torch.cat(rows))
-    if limit:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+
+    def __init__(self, model: nn.Module, weight_decay: float = 0.0) -> None:
+        parameters = list(model.parameters())
+        self.weight_decay = weight_decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self.shapes = [p.shape for p in parameters]
+        size = round_up(sum(round_up(p.numel(), LINE) for p in parameters), ROWS * LINE)
+        self.weights, self.gradients, self.exp_avg, self.exp_avg_sq = (
+            parameters[0].detach().new_zeros(size) for _ in range(4)
+        )
+        self.steps = torch.zeros((), device=self.weights.device)
+        views = zip(parameters, self._views(self.weights), self._views(self.gradients), strict=True)
+        for parameter, weight, gradient in views:
+            parameter.data = weight.copy_(parameter.detach())
+            parameter.grad = gradient
+
+    def zero_grad(self) -> None:
+        self.gradients.zero_()
+
+    def step(self, rate: float, limit: float) -> Tensor:
+        """One step; returns the norm of the gradients, which are scaled down to ``limit`` first
+        where it is greater (0: no limit)."""
+        norm: Tensor = torch.linalg.vector_norm(self.gradients.view(ROWS, -1), dim=1)
+        norm = torch.linalg.vector_norm(norm)
+        self.steps += 1
+        torch._fused_adamw_(
+            [self.weights],
+            [self.gradients],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps],
+            lr=rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=(norm / limit).clamp_(min=1.0) if limit else None,
+        )
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """What a later optimizer goes on with: ``step``, and for each weight ``NAME.exp_avg`` and
+        ``NAME.exp_avg_sq``. They are no copies."""
+        state = {"step": self.steps}
+        for key, vector in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for name, view in zip(self.names, self._views(vector), strict=True):
+                state[f"{name}.{key}"] = view
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """KeyError for a tensor that is missing, ValueError for one of another shape."""
+        for key, own in self.state().items():
+            if state[key].shape != own.shape:
+                raise ValueError(
+                    f"the optimizer's state of {key} is {tuple(state[key].shape)}, "
+                    f"expected {tuple(own.shape)}"
+                )
+            own.copy_(state[key])
+
+    def _views(self, vector: Tensor) -> Iterator[Tensor]:
+        start = 0
+        for shape in self.shapes:
+            yield vector[start : start + shape.numel()].view(shape)
+            start += round_up(shape.numel(), LINE)
+
+
+def round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit

@@ -47,9 +47,7 @@ def save_state(trainer: Trainer) -> None:
     if trainer.group.rank:
         return
     tensors |= {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
+    tensors |= {f"optimizer.{k}": v for k, v in trainer.optimizer.state().items()}
     about = {"progress": asdict(trainer.progress), "text_sha256": trainer.text_hash}
     checkpoint.write_tensors(trainer.folder / checkpoint.LAST, tensors, about)
 
@@ -70,15 +68,9 @@ def restore_state(trainer: Trainer) -> None:
     group, device = trainer.group, trainer.device
     try:
         progress = Progress(**about["progress"])
-        for name, parameter in trainer.model.named_parameters():
-            prefix = f"optimizer.{name}."
-            moments = {k: tensors[prefix + k] for k in ("exp_avg", "exp_avg_sq")}
-            if any(moment.shape != parameter.shape for moment in moments.values()):
-                raise ValueError(f"the optimizer's state of {name} has another shape")
-            trainer.optimizer.state[parameter] = {
-                "step": tensors[prefix + "step"].to(device),
-                **{k: moment.to(device) for k, moment in moments.items()},
-            }
+        trainer.optimizer.load_state(
+            {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        )
         if group.size == len(tensors["random"]):
             torch.set_rng_state(tensors["random"][group.rank].clone())
         if "random_cuda" in tensors and device.type == "cuda":

@@ -30,7 +30,7 @@ from .evaluate import evaluate, evaluate_lines
 from .group import Group
 from .metrics import WriteRow, metrics_writer, trim_metrics
 from .model import ModelConfig, bits, build_model
-from .optimizer import clip_gradients
+from .optimizer import AdamW
 from .options import TrainOptions, learning_rate, resumed_options
 from .sample import sample
 from .state import Progress, restore_state, save_state
@@ -87,17 +87,12 @@ class Trainer:
             self.config, options.backend, options.recurrent_init, options.seed
         ).to(self.device)
         torch.manual_seed(options.seed + self.group.rank)  # the dropout of each process
-        self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        self.optimizer = AdamW(self.model, options.weight_decay)
         self.call = self.group.parallel(self.model)
         self.state: Tensor | None = None  # [layers, B, H], carried from step to step
         self.window = torch.zeros((), device=self.device)  # sum of losses since the last log
-        self.norm = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)  # of the last step's gradients
+        self.rate = math.nan  # of the last step
         self.progress = Progress()
         with self._lock():
             if self.group.rank == 0:
@@ -147,11 +142,8 @@ class Trainer:
         self.optimizer.zero_grad()
         # DistributedDataParallel averages over processes; the loss is a sum over them.
         torch.autograd.backward(loss * self.group.size if self.group.size > 1 else loss)
-        self.norm = clip_gradients(self.parameters, self.options.grad_clip)
-        rate = learning_rate(self.options, self.progress.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.rate = learning_rate(self.options, self.progress.step, self.total_steps)
+        self.norm = self.optimizer.step(self.rate, self.options.grad_clip)
         loss = loss.detach()
         self.window += loss
         self.progress.window_steps += 1
@@ -238,8 +230,7 @@ class Trainer:
         progress.train_loss = mean
         if not log:
             return
-        row: dict[str, Any] = {"train_loss": mean, "grad_norm": norm}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row: dict[str, Any] = {"train_loss": mean, "grad_norm": norm, "lr": self.rate}
         row["chars_per_second"] = round(self.chars_per_step * steps / progress.window_seconds)
         write(self._row(row))
         bar.set_postfix(loss=f"{mean:.3f}", bpc=f"{bits(progress.val_loss):.3f}", refresh=False)

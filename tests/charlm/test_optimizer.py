@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from charrnn_fast.charlm.optimizer import AdamW
+
+
+def model() -> nn.Module:
+    """Weights of awkward sizes, one of them larger than what PyTorch gives to one thread."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(300, 201), nn.Linear(3, 1), nn.RNN(7, 13))
+
+
+def fill(models: list[nn.Module]) -> None:
+    for parameters in zip(*(m.parameters() for m in models), strict=True):
+        gradient = torch.randn_like(parameters[0])
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad += gradient
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6, 0.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_those_of_pytorch(limit, weight_decay):
+    """torch.optim.AdamW after clip_grad_norm_, over steps of different rates: weights, clipped
+    gradients and norm."""
+    ours, theirs = model(), model()
+    before = [p.detach().clone() for p in theirs.parameters()]
+    optimizer = AdamW(ours, weight_decay)
+    other = torch.optim.AdamW(theirs.parameters(), weight_decay=weight_decay)
+    for p, q in zip(ours.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    for rate in (1e-2, 1e-3, 3e-3):
+        optimizer.zero_grad()
+        other.zero_grad()
+        fill([ours, theirs])
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf)
+        other.param_groups[0]["lr"] = rate
+        other.step()
+        torch.testing.assert_close(optimizer.step(rate, limit), norm)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_same_bits_for_any_number_of_threads():
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        m = model()
+        optimizer = AdamW(m)
+        fill([m])
+        norm = optimizer.step(1e-2, 1.0)
+        results.append((norm, optimizer.weights, optimizer.exp_avg_sq))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_state_goes_on(tmp_path):
+    """Moments by the names of the weights; what is loaded goes on to the same bits."""
+    m = model()
+    optimizer = AdamW(m)
+    fill([m])
+    optimizer.step(1e-2, 1.0)
+    state = {k: v.clone() for k, v in optimizer.state().items()}
+    names = {name for name, _ in m.named_parameters()}
+    moments = {f"{name}.{k}" for name in names for k in ("exp_avg", "exp_avg_sq")}
+    assert state.keys() == {"step", *moments}
+    assert all(state[f"{n}.exp_avg"].shape == p.shape for n, p in m.named_parameters())
+    other = copy.deepcopy(m)
+    again = AdamW(other)
+    again.load_state(state)
+    for o in (optimizer, again):
+        o.zero_grad()
+    fill([m, other])
+    assert torch.equal(optimizer.step(1e-2, 1.0), again.step(1e-2, 1.0))
+    assert torch.equal(optimizer.weights, again.weights)
+    with pytest.raises(ValueError, match=r"0.bias.exp_avg is \(3,\), expected \(201,\)"):
+        again.load_state({**state, "0.bias.exp_avg": torch.zeros(3)})
+    with pytest.raises(KeyError):
+        again.load_state({})
