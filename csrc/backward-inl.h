@@ -134,7 +134,7 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
                                      : space.zeros;
       backward_start<activation>(init[i], from_state, y[i], delta[i], first, last);
     }
-    if (others != nullptr) wait_for(*others);
+    if (others != nullptr) wait_for_rows(*others, delta, walk.running, args.H);
   }
 }
 

@@ -440,7 +440,7 @@ void forward_block(const ForwardArgs<bfloat16>& args, const BFloat16ForwardSpace
                        lanes);
       }
     }
-    if (others != nullptr) wait_for(*others);
+    if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);
   }
   for (int64_t i = slots.first; i < slots.last; ++i) {
     const bfloat16* y = args.y + row_of(seq, last_step(seq, i, args.reverse), i) * args.ldy;
@@ -596,7 +596,7 @@ void backward_block(const BackwardArgs<bfloat16>& args, const BFloat16BackwardSp
                        activate_backward<activation, float>(g, load_bfloat16(y[i] + j, n)), n);
       }
     }
-    if (others != nullptr) wait_for(*others);
+    if (others != nullptr) wait_for_rows(*others, delta, walk.running, args.H);
   }
 }
 

@@ -158,7 +158,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     if (active < walk.running) {  // sequences that start from zeros
       activate_rows<activation>(current + active, walk.running - active, first, last);
     }
-    if (others != nullptr) wait_for(*others);
+    if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);
   }
   for (int64_t i = slots.first; i < slots.last; ++i) {
     const scalar* y = args.y + row_of(seq, last_step(seq, i, args.reverse), i) * args.ldy;

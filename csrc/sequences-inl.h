@@ -126,6 +126,16 @@ inline void wait_for(const Team& team) {
   if (team.size > 1) team.barrier(team.state);
 }
 
+// Waits, then asks for all cache lines of some rows at once: others have written parts of them, and
+// a product would wait for one line after the other.
+template <typename scalar>
+void wait_for_rows(const Team& team, scalar* const* rows, int64_t count, int64_t columns) {
+  wait_for(team);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(scalar)) __builtin_prefetch(rows[i] + j);
+  }
+}
+
 // Hands out 64-byte aligned pieces of the workspace; with a null base it only measures.
 class Arena {
  public:
