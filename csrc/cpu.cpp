@@ -1,6 +1,7 @@
 // The ops on CPU tensors: allocation, the division of work among threads, and the calls into the
 // kernels.
 #include <ATen/Parallel.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <omp.h>
 #include <sched.h>
 #include <torch/library.h>
@@ -10,7 +11,9 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <numeric>
+#include <utility>
 
 #include "layer.h"
 
@@ -206,20 +209,46 @@ scalar* mutable_data(const at::Tensor& tensor) {
   return reinterpret_cast<scalar*>(tensor.mutable_data_ptr<InTorch<scalar>>());
 }
 
-// Memory for the length of one call: on the stack where little is needed, since an allocation takes
-// as long as many steps of a small layer.
+// Memory for the length of one call. A thread keeps the largest block of moderate size that its
+// calls needed: fresh memory comes from the system page by page, which took up to two fifths of the
+// time of a training step.
 class Scratch {
  public:
-  void* take(size_t bytes) {
-    if (bytes <= sizeof(local_)) return local_;
-    heap_ = at::empty({static_cast<int64_t>(bytes)}, at::kByte);
-    return heap_.mutable_data_ptr();
+  explicit Scratch(size_t bytes) {
+    if (bytes <= kept.bytes) {
+      std::swap(block_, kept);
+    } else {
+      block_.data.reset(c10::alloc_cpu(bytes));  // 64-byte aligned; throws what at::empty throws
+      block_.bytes = bytes;
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (kept.bytes < block_.bytes && block_.bytes <= kKeptBytes) std::swap(block_, kept);
   }
 
+  std::byte* data() const { return static_cast<std::byte*>(block_.data.get()); }
+
  private:
-  alignas(64) std::byte local_[24 * 1024];
-  at::Tensor heap_;
+  static constexpr size_t kKeptBytes = size_t{32} << 20;
+
+  // Plain memory: it is freed when its thread ends, when a tensor's allocator may be gone.
+  struct Free {
+    void operator()(void* data) const { c10::free_cpu(data); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t bytes = 0;
+  };
+
+  Block block_;
+  static thread_local Block kept;
 };
+thread_local Scratch::Block Scratch::kept;
+
+// So that what follows in the same block is aligned.
+size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 Optional contiguous(const Optional& tensor) {
   return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
@@ -261,7 +290,6 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
   const Plan plan = plan_forward(layer);
   const scalar* h0 = data_or_null<scalar>(hx);
   std::array<ForwardArgs<scalar>, 2> args;
-  std::array<Scratch, 2> workspace;
   for (int64_t d = 0; d < layer.D; ++d) {
     const at::Tensor* w = &weights[d * per_direction];
     args[d] = {
@@ -284,8 +312,10 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
         .h_n = mutable_data<scalar>(h_n) + d * layer.B * layer.H,
         .workspace = nullptr,
     };
-    args[d].workspace = workspace[d].take(table.forward_workspace(args[d], plan.members));
   }
+  const size_t bytes = rounded_up(table.forward_workspace(args[0], plan.members));
+  const Scratch scratch(layer.D * bytes);
+  for (int64_t d = 0; d < layer.D; ++d) args[d].workspace = scratch.data() + d * bytes;
   const auto forward = table.forward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { forward(args[d], team); });
 }
@@ -343,7 +373,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
     return grad.numel() > 0 ? mutable_data<scalar>(grad) : nullptr;
   };
   std::array<BackwardArgs<scalar>, 2> args;
-  std::array<Scratch, 2> workspace, delta;
+  size_t bytes = 0;  // of the workspace of either direction
   std::array<at::Tensor, 2> dx;
   for (int64_t d = 0; d < layer.D; ++d) {
     const at::Tensor* w = &weights[d * per_direction];
@@ -369,7 +399,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
         .lddy = layer.D * layer.H,
         .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
-        .delta = static_cast<scalar*>(delta[d].take(layer.N * layer.H * sizeof(scalar))),
+        .delta = nullptr,
         .dx = out(dx[d]),
         .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
         .dW_ih = out(dw[0]),
@@ -377,7 +407,14 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .db = db,
         .workspace = nullptr,
     };
-    args[d].workspace = workspace[d].take(table.backward_workspace(args[d], plan.members));
+    bytes = std::max(bytes, rounded_up(table.backward_workspace(args[d], plan.members)));
+  }
+  const size_t delta_bytes = rounded_up(layer.N * layer.H * sizeof(scalar));
+  const Scratch scratch(layer.D * (delta_bytes + bytes));
+  for (int64_t d = 0; d < layer.D; ++d) {
+    std::byte* own = scratch.data() + d * (delta_bytes + bytes);
+    args[d].delta = reinterpret_cast<scalar*>(own);
+    args[d].workspace = own + delta_bytes;
   }
   const auto backward = table.backward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { backward(args[d], team); });

@@ -1,5 +1,6 @@
 """Threads and processes: the same bits however the work is divided."""
 
+import resource
 import threading
 
 import pytest
@@ -27,6 +28,45 @@ def test_python_threads():
         thread.join()
     for a, b in zip(got, want, strict=True):
         assert_same(a, b, rtol=0, atol=0)
+
+
+def backward_of_weights(T, B, H):
+    """One call of the kernels whose results are small and whose working memory is not."""
+    x, y = torch.zeros(T, B, 8), torch.zeros(T, B, H)
+    weights = [torch.zeros(H, 8), torch.zeros(H, H)]
+    needs = [False, False, True, True]
+    backward = torch.ops.charrnn_fast.rnn_layer_backward
+    return lambda: backward(y, None, x, None, weights, y, None, None, "RNN_TANH", False, needs)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="page faults of a thread: Linux")
+def test_working_memory_is_kept_by_its_thread_and_freed_with_it():
+    """Calls after the first one bring in no fresh pages; threads that have ended hold nothing."""
+    torch.set_num_threads(1)
+
+    def faults(calls, call):
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for _ in range(calls):
+            call()
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    counts = []
+
+    def work():
+        call = backward_of_weights(100, 64, 256)  # delta is 6.6 MB, 1600 pages
+        counts.append((faults(1, call), faults(10, call)))
+
+    def threads():
+        for _ in range(12):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    peak = threads()
+    assert counts[0][0] > 1000
+    assert max(later for _, later in counts) < 800
+    assert threads() - peak < 20_000  # kilobytes
 
 
 @pytest.mark.parametrize(
