@@ -124,7 +124,8 @@ def generate(
         calls can follow one another. No gradient flows through it.
 
     Raises:
-        IndexError: a token is outside ``[0, V)``; the message names it.
+        IndexError: a token is outside ``[0, V)``; the message names it. On CUDA, where looking
+            would mean waiting, its scores are NaN instead, and uniform numbers are not checked.
         ValueError: an option or a uniform number is out of range, or dtypes differ.
         RuntimeError: shapes or devices do not go together.
         NotImplementedError: the dtype or the device has no kernel (see :func:`generates`).
@@ -147,6 +148,9 @@ def generate(
 
 def generates(weight: Tensor) -> bool:
     """Whether :func:`generate` has a kernel for weights of this dtype on this device."""
+    if weight.device.type == "cuda":
+        built = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::generate", "CUDA")
+        return built and weight.dtype == torch.float32
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 

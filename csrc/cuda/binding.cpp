@@ -1,4 +1,4 @@
-// Registers the layer for CUDA tensors. It needs of torch only what a build without CUDA has too.
+// Registers the ops for CUDA tensors. It needs of torch only what a build without CUDA has too.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -46,11 +46,21 @@ std::vector<at::Tensor> guarded_layer_backward(const Optional& dy, const Optiona
                         needs);
 }
 
+Pair guarded_generate(const at::Tensor& tokens, const Optional& state, at::TensorList params,
+                      const at::Tensor& head_weight, const Optional& head_bias,
+                      const at::Tensor& uniforms, std::string_view mode, bool has_biases,
+                      double temperature, int64_t top_k, double top_p) {
+  const c10::DeviceGuard guard(head_weight.device());
+  return generate(tokens, state, params, head_weight, head_bias, uniforms, mode, has_biases,
+                  temperature, top_k, top_p);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CUDA, m) {
   m.impl("rnn_layer", TORCH_FN(guarded_layer));
   m.impl("rnn_layer_backward", TORCH_FN(guarded_layer_backward));
+  m.impl("generate", TORCH_FN(guarded_generate));
 }
 
 }  // namespace charrnn_fast::cuda

@@ -1,6 +1,7 @@
-// The ops of one layer on CUDA tensors, and what they need of a device.
+// The ops on CUDA tensors, and what they need of a device.
 #pragma once
 
+#include "generate.h"
 #include "layer.h"
 #include "rnn_cuda.h"
 
@@ -16,5 +17,6 @@ const char* why_composite(const at::Tensor& input, const Optional& hx, at::Tenso
 
 LayerOp layer;
 LayerBackwardOp layer_backward;
+GenerateOp generate;
 
 }  // namespace charrnn_fast::cuda

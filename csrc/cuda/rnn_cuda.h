@@ -160,25 +160,26 @@ struct SegmentSumArgs {
   void* sum;  // [I, H]
 };
 
-constexpr int kMaxGenerateLayers = 8;
-
-// S streams, n characters each. Layer 0 is fed by a table of rows, the others by the layer below.
+// S streams, N characters each, all float32. The first layer is fed by a table of rows, the others
+// by the layer below.
 struct GenerateArgs {
-  int64_t S, n, H, V;
+  int64_t S, N, H, V;
   int32_t layers;
-  Dtype dtype;
   Activation activation;
-  const void* table;                     // [V, H] rows of W_ih' + b_ih + b_hh of layer 0
-  const void* W_ih[kMaxGenerateLayers];  // [H, H]; of layer 0 unused
-  const void* W_hh[kMaxGenerateLayers];  // [H, H]
-  const void* bias[kMaxGenerateLayers];  // [H] b_ih + b_hh or null; of layer 0 unused
-  const void* W_out;                     // [V, H]
-  const void* b_out;                     // [V] or null
-  float temperature;                     // 0: the most likely character, the first of equals
-  const float* uniforms;                 // [n, S] in [0, 1); null when temperature is 0
-  const int64_t* first;                  // [S] the characters to start from
-  float* state;                          // [layers, S, H] float32; read and left at the last state
-  int64_t* out;                          // [n, S]
+  const float* table;  // [V, H] rows of W_ih' + b_ih + b_hh of the first layer
+  const float* W_ih;   // [layers - 1, H, H] of the layers above it
+  const float* bias;   // [layers - 1, H] b_ih + b_hh of those; null: zeros
+  const float* W_hh;   // [layers, H, H]
+  const float* W_out;  // [V, H]
+  const float* b_out;  // [V]; null: zeros
+  float temperature;   // below the smallest normal number: the best character, the first of equals
+  int64_t top_k;       // 0: all
+  float top_p;         // 1: all
+  const float* uniforms;  // [N, S] in [0, 1)
+  const int64_t* tokens;  // [S] to start from; one outside [0, V) makes everything NaN
+  float* state;           // [layers, S, H] read, and left at the last state
+  int64_t* drawn;         // [N, S]
+  float* workspace;       // [S, 2 * layers * H + 2 * V]
 };
 
 }  // namespace charrnn_fast::cuda

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["recurrence_forward.cu", "recurrence_backward.cu", "elementwise.cu", "generate.cu"]
-HOT = ("block", "grid", "step")  # the kernels that run once a step or more
+HOT = ("block", "grid", "step", "generate")  # the kernels that run once a step or more
 THREADS = {"75": 1024, "80": 2048, "90": 2048, "100": 2048}  # that a multiprocessor can have
 BEGIN = "<!-- the output of tests/cuda/check_ptxas.py -->\n"
 END = "<!-- end of that output -->\n"

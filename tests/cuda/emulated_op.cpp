@@ -27,9 +27,23 @@ Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device&) {
 
 void* current_stream(const at::Device&) { return nullptr; }
 
+namespace {
+int64_t generations = 0;
+Pair counted_generate(const at::Tensor& tokens, const Optional& state, at::TensorList params,
+                      const at::Tensor& head_weight, const Optional& head_bias,
+                      const at::Tensor& uniforms, std::string_view mode, bool has_biases,
+                      double temperature, int64_t top_k, double top_p) {
+  const Pair drawn = generate(tokens, state, params, head_weight, head_bias, uniforms, mode,
+                              has_biases, temperature, top_k, top_p);
+  ++generations;
+  return drawn;
+}
+}  // namespace
+
 TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
   m.impl("rnn_layer", TORCH_FN(layer));
   m.impl("rnn_layer_backward", TORCH_FN(layer_backward));
+  m.impl("generate", TORCH_FN(counted_generate));
 }
 
 }  // namespace charrnn_fast::cuda
@@ -38,4 +52,9 @@ TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
 extern "C" __attribute__((visibility("default"))) int64_t emulated_layers(int backward) {
   const auto& counters = charrnn_fast::counters();
   return backward != 0 ? counters.backward_fused : counters.forward_fused;
+}
+
+// Calls of the op `generate` that ran by its kernel.
+extern "C" __attribute__((visibility("default"))) int64_t emulated_generations() {
+  return charrnn_fast::cuda::generations;
 }

@@ -9,11 +9,14 @@ import os
 import sys
 import warnings
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import charrnn_fast
+from charrnn_fast.charlm import ModelConfig, SampleOptions, build_model
+from charrnn_fast.charlm.sample import draw, step, why_stepwise
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
@@ -38,6 +41,44 @@ def compare(what, dtype, ours, reference, run, run_reference):
     ).backward()
     for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
         close(p.grad, q.grad, f"{what} gradient of {name}", dtype)
+
+
+@torch.no_grad()
+def generation(library):
+    """Characters and states of the op against the step-by-step loop in float64, in two calls."""
+    runs = ctypes.CDLL(library).emulated_generations
+    options = [
+        SampleOptions(),
+        SampleOptions(temperature=0),
+        SampleOptions(top_k=5),
+        SampleOptions(top_p=0.8),
+        SampleOptions(temperature=1.3, top_k=7, top_p=0.9),
+    ]
+    calls = 0
+    for layers, mode, how in itertools.product((1, 2, 3), ("tanh", "relu"), options):
+        config = ModelConfig(40, 24, layers, mode)
+        model = build_model(config, "fast", "orthogonal", seed=layers)
+        model.eval().head.weight.mul_(4)
+        assert why_stepwise(model) is None
+        exact = build_model(config, "torch", "orthogonal", seed=0).double().eval()
+        exact.load_state_dict(model.state_dict())
+        torch.manual_seed(calls)
+        tokens, uniforms = torch.randint(40, (3,)), torch.rand(12, 3)
+        first, state = step(model, tokens, None, uniforms[:5], how)
+        second, state = step(model, first[-1], state, uniforms[5:], how)
+        calls += 2
+        expected, expected_state = [], None
+        for row in uniforms.double():
+            logits, expected_state = exact(tokens[None], expected_state)
+            tokens = draw(logits[0], row, how)
+            expected.append(tokens)
+        what = f"{layers} layers, {mode}, {how}"
+        assert torch.equal(torch.cat((first, second)), torch.stack(expected)), what
+        close(state, expected_state, what, torch.float32)
+    assert runs() == calls, "the emulated kernel did not draw"
+    with pytest.raises(NotImplementedError, match="must be float32, got Double"):
+        step(model.double(), tokens, None, uniforms.double(), how)
+    print(f"generation: {calls} calls")
 
 
 def main(library):
@@ -97,6 +138,7 @@ def main(library):
     assert counts(0) >= cases, "the emulated kernels did not run forward"
     assert counts(1) >= cases, "the emulated kernels did not run backward"
     print(f"{design}: {cases} modules, {counts(0)} layers forward, {counts(1)} backward")
+    generation(library)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cuda"
 KERNELS = ["recurrence_forward", "recurrence_backward", "elementwise", "generate"]
-HOST = ["csrc/layer.cpp", "csrc/composite.cpp", "csrc/cuda/layer_cuda.cpp"]
+HOST = ["csrc/layer.cpp", "csrc/composite.cpp", "csrc/generate_checks.cpp"]
+HOST += [f"csrc/cuda/{name}.cpp" for name in ("layer_cuda", "generate_cuda", "plan")]
 COMPILER = [*(["ccache"] if shutil.which("ccache") else []), shutil.which("g++") or "g++"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to emulate")
@@ -46,7 +47,8 @@ def compile_all(sources, folder, *flags):
 
 
 def build_program(folder, *flags):
-    sources = ["tests/cuda/test_kernels.cpp", "csrc/cuda/plan.cpp"]
+    names = ("kernels", "recurrence", "generate", "plans")
+    sources = [*(f"tests/cuda/test_{name}.cpp" for name in names), "csrc/cuda/plan.cpp"]
     sources += [f"csrc/cuda/{kernel}.cu" for kernel in KERNELS]
     program = str(folder / "test_kernels")
     objects = compile_all(sources, folder, *flags)
@@ -103,8 +105,8 @@ def library(tmp_path_factory):
     flags = ["-fPIC", "-fvisibility=hidden"]
     for path in include_paths():
         flags += ["-isystem", path]
-    sources = [*HOST, "csrc/cuda/plan.cpp", "tests/cuda/emulated_op.cpp"]
-    sources += [f"csrc/cuda/{kernel}.cu" for kernel in KERNELS[:3]]
+    sources = [*HOST, "tests/cuda/emulated_op.cpp"]
+    sources += [f"csrc/cuda/{kernel}.cu" for kernel in KERNELS]
     objects = compile_all(sources, folder, *flags)
     path = str(folder / "emulated.so")
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
