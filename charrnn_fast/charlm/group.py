@@ -37,6 +37,11 @@ class Group:
         """The model, with gradients that are means over the processes."""
         return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
 
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's columns of ``[T, B]``, on its device: the rank's, and every size-th."""
+        mine = whole if self.size == 1 else whole[:, self.rank :: self.size]
+        return mine.to(self.device)
+
     def sum(self, mine: Tensor) -> Tensor:
         if self.size == 1:
             return mine

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .head import Head
 
 Backend = Literal["fast", "torch"]
 Nonlinearity = Literal["tanh", "relu", "sigmoid"]
@@ -38,17 +39,6 @@ class ModelConfig:
             raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.nonlinearity not in get_args(Nonlinearity):
             raise UsageError(f"no such nonlinearity: {self.nonlinearity}")
-
-
-class Head(nn.Linear):
-    """A linear layer over ``[T, B, H]`` whose bits do not depend on the number of threads.
-
-    One large product would be cut among the threads at places where its sums run in another order;
-    a product for each time step goes to one thread as it is.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, input, self.weight.t().expand(len(input), -1, -1))
 
 
 class CharRNN(nn.Module):

@@ -13,7 +13,8 @@ from charrnn_fast import RNN, ops
 
 from .data import to_tensor
 from .errors import UsageError
-from .model import CharRNN, Head
+from .head import Head
+from .model import CharRNN
 from .vocabulary import OnUnknown, Vocabulary
 
 

@@ -128,9 +128,7 @@ class Trainer:
         """One step; returns its mean loss in nats a character (this process's share of it)."""
         epoch, index = divmod(self.progress.step, len(self.batches))
         batch = self.batches.batch(epoch, index)
-        mine = slice(self.group.rank, None, self.group.size)  # this process's sequences
-        tokens = batch.tokens[:, mine].to(self.device)
-        targets = batch.targets[:, mine].to(self.device)
+        tokens, targets = self.group.share(batch.tokens), self.group.share(batch.targets)
         if batch.fresh:
             self.state = None
         logits, state = self.call(tokens, self.state)
