@@ -1,7 +1,7 @@
 """Builds charrnn_fast._C. Everything else about the package is in pyproject.toml.
 
-Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA=1 (build the
-CUDA sources too; by default they are not),
+Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA (1 builds the CUDA
+sources too, 0 does not; by default they are where torch has CUDA and its toolkit is found),
 CHARRNN_FAST_CUDA_ARCHS (compute capabilities, "75 80 90 100"; the last also as PTX),
 CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
 CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
@@ -14,8 +14,10 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  setup.py may be run by hand
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, ExecError
 
 # An extension must be built against the torch it will run with. Under pip's build isolation the
 # environment that pip installs into is hidden; its torch is still the one to build against.
@@ -96,16 +98,44 @@ def cuda_home():
     return None
 
 
-def with_cuda():
-    """Whether the CUDA sources are part of this build."""
+def toolkit_release():
+    """The release of the toolkit, "13.0"; "" without one."""
+    if cuda_home() is None:
+        return ""
+    nvcc = os.path.join(cuda_home(), "bin", "nvcc")
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
+
+
+def cuda_choice():
+    """Whether the CUDA sources are part of this build, and why; `charrnn-fast info` tells it."""
     forced = os.environ.get("CHARRNN_FAST_CUDA", "")
     if forced not in ("", "0", "1"):
         sys.exit(f"error: CHARRNN_FAST_CUDA must be 1 or 0, not {forced!r}.")
-    if forced != "1" or not HAVE_TORCH or not glob.glob("csrc/cuda/*.cu"):
-        return False
-    if cuda_home() is None:
+    if forced == "1" and cuda_home() is None:
         sys.exit("error: CHARRNN_FAST_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME.")
-    return True
+    if forced:
+        return forced == "1", f"CHARRNN_FAST_CUDA={forced}"
+    wanted, found = torch.version.cuda, toolkit_release()
+    if wanted is None:
+        return False, f"torch {torch.__version__} is built without CUDA"
+    if not found:
+        return False, f"torch has CUDA {wanted}, but no toolkit was found"
+    # The runtime that is linked in must not ask for a newer driver than torch does.
+    if found.split(".")[0] != wanted.split(".")[0]:
+        return False, f"torch has CUDA {wanted}, but the toolkit is {found}"
+    return True, f"torch has CUDA {wanted}, and so has the toolkit {found}"
+
+
+def cuda_archs():
+    """The compute capabilities to compile for: by default the tested ones that nvcc knows."""
+    named = os.environ.get("CHARRNN_FAST_CUDA_ARCHS", "").split()
+    if named:
+        return named
+    nvcc = os.path.join(cuda_home(), "bin", "nvcc")
+    command = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}" in known]
 
 
 def extension():
@@ -116,7 +146,7 @@ def extension():
         return Extension("charrnn_fast._C", sources, depends=headers)
     from torch.utils.cpp_extension import CppExtension
 
-    cuda = with_cuda()
+    cuda, _ = cuda_choice()
     if cuda:
         sources += sorted(glob.glob("csrc/cuda/*.cpp"))
         headers += sorted(glob.glob("csrc/cuda/*.cu*"))
@@ -200,26 +230,36 @@ if HAVE_TORCH:
             def build_cuda(source):
                 name = os.path.splitext(os.path.basename(source))[0]
                 out = os.path.abspath(os.path.join(self.build_temp, f"cuda_{name}.o"))
-                archs = os.environ.get("CHARRNN_FAST_CUDA_ARCHS", "75 80 90 100").split()
+                archs = cuda_archs()
                 flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
                 flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
                 host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
                 nvcc = os.path.join(cuda_home(), "bin", "nvcc")
                 os.makedirs(self.build_temp, exist_ok=True)
-                self.spawn([nvcc, "-O3", "-std=c++20", *flags, *host, "-c", source, "-o", out])
+                try:
+                    self.spawn([nvcc, "-O3", "-std=c++20", *flags, *host, "-c", source, "-o", out])
+                except ExecError as error:
+                    hint = "CHARRNN_FAST_CUDA=0 builds without the CUDA kernels"
+                    raise CompileError(f"{error}; {hint}") from None
                 return out
 
+            with_cuda, why = cuda_choice()
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs if self.use_ninja else 1) as pool:
                 for objects in pool.map(build_isa, isa_sources().items()):
                     ext.extra_objects += objects
-                if with_cuda():
+                if with_cuda:
                     ext.extra_objects += pool.map(build_cuda, sorted(glob.glob("csrc/cuda/*.cu")))
-            # Taken before, so that a source that changes meanwhile is noticed.
-            digest = interface_digest()
+            # Taken before, so that a source that changes meanwhile is noticed. With CUDA or without
+            # it is another extension, though no source is newer.
+            stamp = f"{torch.__version__}\n{interface_digest()}\n{why}\n"
+            path = self.version_file(self.build_lib)
+            if os.path.exists(path):
+                with open(path, encoding="ascii") as file:
+                    self.force = self.force or file.read().splitlines()[2:] != [why]
             super().build_extension(ext)
-            with open(self.version_file(self.build_lib), "w", encoding="ascii") as file:
-                file.write(f"{torch.__version__}\n{digest}\n")
+            with open(path, "w", encoding="ascii") as file:
+                file.write(stamp)
 
         def copy_extensions_to_source(self):
             super().copy_extensions_to_source()

@@ -18,10 +18,15 @@ def built_with() -> str:
     return _stamp()[0]
 
 
+def cuda_choice() -> str:
+    """Why the extension was built with CUDA kernels, or without them."""
+    return " ".join(_stamp()[2:])
+
+
 def _stamp() -> list[str]:
-    """What setup.py wrote beside the extension: torch's version, the digest of INTERFACE."""
+    """What setup.py wrote beside the extension: torch's version, a digest of INTERFACE, a reason."""
     try:
-        return (Path(__file__).parent / "_C.torch").read_text(encoding="ascii").split()
+        return (Path(__file__).parent / "_C.torch").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
         raise ImportError(
             "charrnn_fast's extension has not been built: in its source folder, run `make build`, "

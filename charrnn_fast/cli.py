@@ -416,6 +416,8 @@ def run_info(arguments: argparse.Namespace) -> None:
 
     import charrnn_fast
 
+    from ._extension import cuda_choice
+
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no"
     kernels = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::rnn_layer", "CUDA")
     rows = {
@@ -425,7 +427,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": cuda,
-        "CUDA kernels": "in this build" if kernels else "not in this build",
+        "CUDA kernels": ("" if kernels else "not ") + f"in this build: {cuda_choice()}",
         "instruction sets": ", ".join(charrnn_fast.available_isas()),
         "in use": charrnn_fast.current_isa(),
         "build": json.dumps(charrnn_fast.build_info()),

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from charrnn_fast.cli import main
 
@@ -312,6 +314,8 @@ def test_info(capsys):
     shown = capsys.readouterr().out
     for word in ("charrnn_fast", "torch", "threads", "cuda", "CUDA kernels", "instruction sets"):
         assert word in shown
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::rnn_layer", "CUDA")
+    assert re.search(r"CUDA kernels +" + ("" if built else "not ") + r"in this build: \w+", shown)
 
 
 def test_demo(tmp_path, capsys):

@@ -68,6 +68,13 @@ def test_emulated_kernels_match_float64(program):
     assert code == 0, text
 
 
+@pytest.mark.slow
+def test_emulated_kernels_match_float64_in_full(program):
+    """The widest grid tiles too, more shapes, and every order of threads: about three minutes."""
+    code, text = run([program, "parity"])
+    assert code == 0, text
+
+
 def test_emulated_faults_are_caught(program):
     """Each barrier and shuffle left out in turn is noticed; so are stores out of bounds."""
     code, text = run([program, "faults"])
