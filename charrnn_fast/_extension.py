@@ -24,7 +24,7 @@ def cuda_choice() -> str:
 
 
 def _stamp() -> list[str]:
-    """What setup.py wrote beside the extension: torch's version, a digest of INTERFACE, a reason."""
+    """What setup.py wrote beside the extension: torch's version, INTERFACE's digest, a reason."""
     try:
         return (Path(__file__).parent / "_C.torch").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
