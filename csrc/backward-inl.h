@@ -1,8 +1,11 @@
 // Backward of one direction of one layer: delta first, step by step; then dx, dh0 and the weights'
-// gradients as products over all rows.
+// gradients as products over rows. One thread alone does so in chunks of steps, whose rows are
+// still in the cache then.
 
 // Rows summed in one chain of a weight's gradient; blocks of them are added up.
 constexpr int64_t kGradientRows = kChainTerms;
+// Rows of a chunk.
+constexpr int64_t kBackwardRows = 2 * kGradientRows;
 
 template <typename scalar>
 struct BackwardSpace {
@@ -83,18 +86,18 @@ void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scala
   }
 }
 
-// delta of slots [slots.first, slots.last), at most kBlockSlots of them, in the columns of some
-// panels.
+// delta of slots [slots.first, slots.last), at most kBlockSlots of them, at some steps, in the
+// columns of some panels.
 template <Activation activation, typename scalar>
 void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                    Range slots, Range mine, const Team* others) {
+                    Range steps, Range slots, Range mine, const Team* others) {
   const Panels<scalar>& panels = space.hidden;
   const Sequences& seq = args.seq;
   const int64_t first = panels.first_column(mine.first);
   const int64_t end = panels.first_column(mine.last);
   const int64_t last = end < args.H ? end : args.H;
 
-  StepWalk walk(seq, slots.first, slots.last, !args.reverse);
+  StepWalk walk(seq, slots.first, slots.last, !args.reverse, steps);
   const scalar* next[kBlockSlots];
   const scalar* init[kBlockSlots];
   scalar* delta[kBlockSlots];
@@ -138,18 +141,16 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   }
 }
 
-// dx = delta W_ih for a share of all rows.
+// dx = delta W_ih for the next rows of a walk.
 template <typename scalar>
 void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                    Range mine) {
-  RowWalk walk(args.seq);
-  walk.seek(mine.first);
+                    RowWalk& walk, int64_t rows) {
   const scalar* delta[kChunkRows];
   const scalar* init[kChunkRows];
   scalar* dx[kChunkRows];
   const TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dx};
-  for (int64_t done = mine.first; done < mine.last;) {
-    const int64_t count = mine.last - done < kChunkRows ? mine.last - done : kChunkRows;
+  for (int64_t done = 0; done < rows;) {
+    const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i, walk.next()) {
       const int64_t row = row_of(args.seq, walk.t, walk.slot);
       delta[i] = args.delta + row * args.H;
@@ -214,12 +215,12 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) 
   }
 }
 
-// dW_ih, dW_hh and db of the units in a range: sums over rows in one fixed order.
+// dW_ih, dW_hh and db of the units in a range are sums over rows, taken in the order in which delta
+// is computed: zero first.
 template <typename scalar>
-void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                      Range units) {
+void zero_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                  Range units) {
   const int64_t count = units.last - units.first;
-  const bool dense_input = args.dW_ih != nullptr && args.ids == nullptr;
   if (count == 0) return;
   const auto zero = [&](scalar* p, int64_t columns) {
     if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(scalar));
@@ -228,9 +229,15 @@ void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scal
   zero(args.dW_hh, args.H);
   zero(args.db, 1);
   if (space.table != nullptr) std::memset(space.table, 0, args.I * count * sizeof(double));
+}
 
-  const int64_t total = rows_in(args.seq);
-  RowWalk walk(args.seq);
+// Then the next rows of a walk: a multiple of kGradientRows, or what is left.
+template <typename scalar>
+void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space, Range units,
+                 RowWalk& walk, int64_t total) {
+  const int64_t count = units.last - units.first;
+  const bool dense_input = args.dW_ih != nullptr && args.ids == nullptr;
+  if (count == 0) return;
   const scalar* delta[kGradientRows];
   const scalar* x[kGradientRows];
   const scalar* y_previous[kGradientRows];
@@ -271,9 +278,11 @@ void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scal
                                 int64_t offset) {
       return Ahead<scalar>{rows, offset, offset + panels.first_column(1)};
     };
-    const Ahead<scalar> next_delta = {delta, K * args.H + units.first, K * args.H + units.last};
-    const Ahead<scalar> next_x = first_panel(x, space.inputs, K * args.ldx);
-    const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, K * args.ldy);
+    const int64_t further = args.reverse ? K : -K;
+    const Ahead<scalar> next_delta = {delta, further * args.H + units.first,
+                                      further * args.H + units.last};
+    const Ahead<scalar> next_x = first_panel(x, space.inputs, further * args.ldx);
+    const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, further * args.ldy);
     if (dense_input) {
       if (args.dW_hh != nullptr) {
         product(x, space.inputs, args.dW_ih, first_panel(y_previous, space.hidden, 0), {x, 0, 0});
@@ -285,11 +294,16 @@ void backward_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scal
       product(y_previous, space.hidden, args.dW_hh, dense_input ? next_x : next_y, next_delta);
     }
   }
-  if (space.table != nullptr) {
-    for (int64_t j = 0; j < count; ++j) {
-      scalar* row = args.dW_ih + (units.first + j) * args.I;
-      for (int64_t v = 0; v < args.I; ++v) row[v] = static_cast<scalar>(space.table[v * count + j]);
-    }
+}
+
+// And, for ids, out of the table.
+template <typename scalar>
+void store_table(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                 Range units) {
+  const int64_t count = units.last - units.first;
+  for (int64_t j = 0; j < count; ++j) {
+    scalar* row = args.dW_ih + (units.first + j) * args.I;
+    for (int64_t v = 0; v < args.I; ++v) row[v] = static_cast<scalar>(space.table[v * count + j]);
   }
 }
 
@@ -303,16 +317,39 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   const Range slots = hidden ? Range{0, args.seq.B} : share(args.seq.B, team);
   const int64_t n = slots.last - slots.first;
   const int64_t blocks = (n + kBlockSlots - 1) / kBlockSlots;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
-    backward_block<activation>(args, space, block, panels, hidden ? &team : nullptr);
+
+  const bool weights = args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr;
+  const Range units = share(args.H, team);
+  if (weights) zero_weights(args, space, units);
+  RowWalk input_rows(args.seq, !args.reverse), weight_rows = input_rows;
+  int64_t summable = 0;  // rows whose delta is known and not yet in the weights' gradients
+
+  const int64_t T = length_of(args.seq, 0);
+  const int64_t at_once = kBackwardRows / args.seq.B;
+  const int64_t chunk = team.size > 1 ? T : at_once > 1 ? at_once : 1;
+  for (int64_t done = 0; done < T; done += chunk) {
+    const int64_t end = done + chunk < T ? done + chunk : T;
+    const Range steps = args.reverse ? Range{done, end} : Range{T - end, T - done};
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
+      backward_block<activation>(args, space, steps, block, panels, hidden ? &team : nullptr);
+    }
+    wait_for(team);
+    const int64_t rows = rows_in(args.seq, steps);
+    if (args.dx != nullptr) {
+      const Range mine = share(rows, team);
+      if (team.size > 1) input_rows.seek(mine.first);
+      backward_input(args, space, input_rows, mine.last - mine.first);
+    }
+    if (weights) {
+      summable += rows;
+      const int64_t now = end == T ? summable : summable / kGradientRows * kGradientRows;
+      add_weights(args, space, units, weight_rows, now);
+      summable -= now;
+    }
   }
-  wait_for(team);
-  if (args.dx != nullptr) backward_input(args, space, share(rows_in(args.seq), team));
+  if (space.table != nullptr) store_table(args, space, units);
   if (args.dh0 != nullptr) backward_state(args, space, share(args.seq.B, team));
-  if (args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr) {
-    backward_weights(args, space, share(args.H, team));
-  }
 }
 
 template <typename scalar>

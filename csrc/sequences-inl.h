@@ -1,5 +1,9 @@
 // Walking over the steps of a block of sequences, and over all of their rows.
 
+struct Range {
+  int64_t first, last;
+};
+
 inline int64_t row_of(const Sequences& seq, int64_t t, int64_t slot) {
   const int64_t first = seq.step_row != nullptr ? seq.step_row[t] : t * seq.B;
   return first + (seq.slot_row != nullptr ? seq.slot_row[slot] : slot);
@@ -21,24 +25,27 @@ inline int64_t last_step(const Sequences& seq, int64_t slot, bool down) {
   return first_step(seq, slot, !down);
 }
 
-// The steps of slots [first, last), up (t = 0, 1, ...) or down. At each one the slots
-// [first, first + running) run; of these the first `continuing` ran at the step before, and the
-// others start.
+// The steps of slots [first, last), up (t = 0, 1, ...) or down, that lie in a range. At each one
+// the slots [first, first + running) run; of these the first `continuing` ran at the step before,
+// and the others start.
 class StepWalk {
  public:
   StepWalk(const Sequences& seq, int64_t first, int64_t last, bool down)
-      : seq_(seq), first_(first), last_(last), down_(down) {
-    steps_ = first < last ? length_of(seq, first) : 0;  // slots are in order of falling length
-    t = down ? steps_ : -1;
-    end_ = first;
+      : StepWalk(seq, first, last, down, {0, seq.T}) {}
+  StepWalk(const Sequences& seq, int64_t first, int64_t last, bool down, Range steps)
+      : seq_(seq), first_(first), last_(last), steps_(steps), end_(first), down_(down) {
+    const int64_t longest = first < last ? length_of(seq, first) : 0;  // lengths fall
+    if (longest < steps_.last) steps_.last = longest;
+    t = down ? steps_.last : steps_.first - 1;
+    if (t >= 0) end_ = running_at(t);
   }
 
   bool next() {
     const int64_t before = end_;
     t += down_ ? -1 : 1;
-    if (t < 0 || t >= steps_) return false;
+    if (t < steps_.first || t >= steps_.last) return false;
     if (down_) {
-      while (end_ < last_ && length_of(seq_, end_) > t) ++end_;
+      end_ = running_at(t);
       continuing = before - first_;
     } else {
       if (t == 0) end_ = last_;
@@ -52,8 +59,12 @@ class StepWalk {
   // How many steps, from this one on, run the same slots in rows equally far apart.
   int64_t steady() const {
     if (seq_.step_row != nullptr) return 1;
-    if (down_) return t + 1 - (end_ < last_ ? length_of(seq_, end_) : 0);
-    return length_of(seq_, end_ - 1) - t;
+    if (down_) {
+      const int64_t joined = end_ < last_ ? length_of(seq_, end_) : 0;
+      return t + 1 - (joined > steps_.first ? joined : steps_.first);
+    }
+    const int64_t left = length_of(seq_, end_ - 1);
+    return (left < steps_.last ? left : steps_.last) - t;
   }
   // Passes over all but the last of n steady steps.
   void run(int64_t n) { t += down_ ? 1 - n : n - 1; }
@@ -63,15 +74,30 @@ class StepWalk {
   int64_t continuing = 0;
 
  private:
+  // The end of the slots that run at a step, where those before end_ do.
+  int64_t running_at(int64_t step) const {
+    int64_t end = end_;
+    while (end < last_ && length_of(seq_, end) > step) ++end;
+    return end;
+  }
+
   const Sequences& seq_;
-  int64_t first_, last_, steps_, end_;
+  int64_t first_, last_;
+  Range steps_;
+  int64_t end_;
   bool down_;
 };
 
-// All rows inside sequences, in order of step and slot.
+// All rows inside sequences, in order of step, up or down, and slot.
 class RowWalk {
  public:
-  explicit RowWalk(const Sequences& seq) : seq_(seq), running_(seq.B) { settle(); }
+  explicit RowWalk(const Sequences& seq, bool down = false)
+      : t(down ? length_of(seq, 0) - 1 : 0),
+        seq_(seq),
+        running_(down && seq.lengths != nullptr ? 0 : seq.B),
+        down_(down) {
+    settle();
+  }
 
   // Skips to the row of a place in this order.
   void seek(int64_t place) {
@@ -82,42 +108,47 @@ class RowWalk {
         return;
       }
       place -= left;
-      ++t;
-      slot = 0;
-      settle();
+      step();
     }
   }
   void next() {
-    if (++slot == running_) {
-      ++t;
-      slot = 0;
-      settle();
-    }
+    if (++slot == running_) step();
   }
 
-  int64_t t = 0;
+  int64_t t;
   int64_t slot = 0;
 
  private:
+  void step() {
+    t += down_ ? -1 : 1;
+    slot = 0;
+    settle();
+  }
   void settle() {
     if (seq_.lengths == nullptr) return;
-    while (running_ > 0 && seq_.lengths[running_ - 1] <= t) --running_;
+    if (down_) {
+      while (running_ < seq_.B && seq_.lengths[running_] > t) ++running_;
+    } else {
+      while (running_ > 0 && seq_.lengths[running_ - 1] <= t) --running_;
+    }
   }
 
   const Sequences& seq_;
   int64_t running_;
+  bool down_;
 };
 
-inline int64_t rows_in(const Sequences& seq) {
-  if (seq.lengths == nullptr) return seq.T * seq.B;
+// Rows of the steps in a range.
+inline int64_t rows_in(const Sequences& seq, Range steps) {
+  if (seq.lengths == nullptr) return (steps.last - steps.first) * seq.B;
   int64_t rows = 0;
-  for (int64_t i = 0; i < seq.B; ++i) rows += seq.lengths[i];
+  for (int64_t i = 0; i < seq.B && seq.lengths[i] > steps.first; ++i) {
+    rows += (seq.lengths[i] < steps.last ? seq.lengths[i] : steps.last) - steps.first;
+  }
   return rows;
 }
+inline int64_t rows_in(const Sequences& seq) { return rows_in(seq, {0, seq.T}); }
 
-struct Range {
-  int64_t first, last;
-};
 inline Range share(int64_t n, const Team& team) {
   return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
 }

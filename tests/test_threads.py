@@ -85,6 +85,21 @@ def test_same_bits_for_any_number_of_threads(isa, shape):
         assert_same(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("B", [5, 40, 150])
+def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, B):
+    """One thread alone sums gradients chunk by chunk; a team after all steps, in the same order."""
+    T, H = 90, 96
+    rnn = charrnn_fast.RNN(8, H, bidirectional=True)
+    x = torch.randn(T, B, 8)
+    lengths = torch.randint(1, T - 3, (B,))  # T itself is not among them
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(rnn, x, lengths=lengths))
+    for other in results[1:]:
+        assert_same(other, results[0], rtol=0, atol=0)
+
+
 def test_same_bits_in_any_batch(isa):
     """A sequence's forward result does not depend on what else is in the batch."""
     rnn = charrnn_fast.RNN(9, 50, 2)
