@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import charrnn_fast
+
+# The same examples in every run, however busy the machine; `make fuzz` draws new ones.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(params=charrnn_fast.available_isas())

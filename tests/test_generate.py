@@ -352,7 +352,10 @@ def test_no_gradient_flows():
 
 
 def test_a_signal_ends_a_long_call():
-    """Ctrl-C, or any signal whose handler raises, ends it within a fraction of a second."""
+    """Ctrl-C, or any signal whose handler raises, ends it within a fraction of a second.
+
+    Of the processor's time, with room for one that others use as well.
+    """
 
     class Alarm(Exception):
         pass
@@ -360,10 +363,10 @@ def test_a_signal_ends_a_long_call():
     def ring(number, frame):
         raise Alarm
 
-    model = model_of(65, 512, dtype=torch.float32)
-    args = arguments(model, *inputs(65, 2_000_000, 1))  # many seconds
+    model = model_of(65, 1024, dtype=torch.float32)
+    args = arguments(model, *inputs(65, 2_000_000, 1))  # a minute or more
     before = signal.signal(signal.SIGALRM, ring)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(Alarm):
@@ -371,13 +374,13 @@ def test_a_signal_ends_a_long_call():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 5
 
 
 def test_other_threads_run_meanwhile():
     """The interpreter lock is not held during a call."""
     model = model_of(65, 128, dtype=torch.float32)
-    args = arguments(model, *inputs(65, 200_000, 1))
+    args = arguments(model, *inputs(65, 1_000_000, 1))
     worker = threading.Thread(target=ops.generate, args=args)
     turns = 0
     worker.start()

@@ -125,6 +125,7 @@ class Sequences(torch.utils.data.Dataset):
             return self.module(torch.full((40, 8, 16), index / 8.0))[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:This DataLoader will create")
 def test_dataloader_workers():
     """The module runs in forked DataLoader workers after it ran, with threads, in the parent."""
     rnn = charrnn_fast.RNN(16, 128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import itertools
 import multiprocessing
 import os
 import platform
@@ -139,8 +140,8 @@ def test_processes(method: str) -> None:
     queue = context.Queue()
     child = context.Process(target=_child, args=(queue,))
     child.start()
-    got = queue.get(timeout=120)
-    child.join(60)
+    got = queue.get(timeout=300)
+    child.join(300)
     assert child.exitcode == 0
     assert got == want
 
@@ -176,9 +177,9 @@ def test_no_memory_is_kept() -> None:
                     rnn(x, torch.zeros(2, 3, 40))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    before = calls(200)
-    # Kilobytes; a leak of one input a call is three times that.
-    assert calls(500) - before < 4000
+    peaks = [calls(200)] + [calls(300) for _ in range(3)]
+    # Kilobytes; a leak of one input a call is twice that, each time. An allocator may grow once.
+    assert min(b - a for a, b in itertools.pairwise(peaks)) < 4000
 
 
 def test_an_unknown_isa_in_the_environment_is_one_sentence() -> None:
@@ -246,7 +247,7 @@ class _Calls(torch.utils.data.Dataset[Tensor]):
             return self.rnn(self.inputs[index])[0]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:This DataLoader will create")
 def test_dataloader_workers() -> None:
     """Workers that were forked after the parent's threads had run get the parent's bits."""
     torch.set_num_threads(2)
@@ -358,12 +359,14 @@ for extra in range(0, 120 << 20, 2 << 20):
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     rnn(small)
 assert torch.equal(step(x)[0], want)
-print(failures, successes, used() - base < (60 << 20))
+print(failures, successes, used() - base)
 """
-    failures, successes, flat = run_python(code).split()
-    assert int(failures) > 5
-    assert int(successes) > 0
-    assert flat == "True"
+    # Every tensor of size has a mapping of its own, which ends with it: what is left is a leak.
+    # glibc would keep freed memory for later, as much as it happens to be in pieces.
+    failures, successes, left = map(int, run_python(code, MALLOC_MMAP_THRESHOLD_="65536").split())
+    assert failures > 5
+    assert successes > 0
+    assert left < 6 << 20  # one output of a layer
 
 
 @pytest.mark.slow

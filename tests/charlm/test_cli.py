@@ -21,7 +21,7 @@ def run(*arguments, **kwargs):
         [sys.executable, "-m", "charrnn_fast", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **kwargs,
     )
@@ -111,7 +111,7 @@ def test_full_disk(text, tmp_path):
     """One line that says which file, and why; code 1, as nothing was wrong with the request."""
     command = [sys.executable, "-m", "charrnn_fast", "train", str(text), *SMALL, "--out-dir", "run"]
     limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command]
-    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     message = "charrnn-fast: cannot write run/model.safetensors: File too large\n"
     assert done.stderr == message

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,23 +172,33 @@ def test_killed_run_resumes_bit_for_bit(options):
     train(options, out_dir=str(whole), say=None)
     length = time.perf_counter() - start_of_run
     delays = [random.uniform(0, 0.4 * length) for _ in range(3)]
-    steps = []
-    process = start(options)
-    for delay in delays:
-        while not (folder / "config.json").exists() and process.poll() is None:
-            time.sleep(0.002)
-        before = step_of(folder)
-        while steps and step_of(folder) == before and process.poll() is None:
-            time.sleep(0.002)  # the resumed one has begun to train
+
+    def killed(process, delay) -> bool:
+        """Kills it, after a while; False when it had finished before."""
         time.sleep(delay)
         process.kill()
         process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            break  # it had finished before
+        return process.returncode == -signal.SIGKILL
+
+    process = start(options)
+    while True:
+        while not (folder / "config.json").exists() and process.poll() is None:
+            time.sleep(0.002)
+        if killed(process, delays[0]):
+            break
+        shutil.rmtree(folder)
+        delays[0] /= 4  # the machine is faster now than it was
+        process = start(options)
+    steps = [step_of(folder)]
+    process = start(options, "--resume", str(folder))
+    for delay in delays[1:]:
+        while step_of(folder) == steps[-1] and process.poll() is None:
+            time.sleep(0.002)  # it has begun to train
+        if not killed(process, delay):
+            break
         steps.append(step_of(folder))
         process = start(options, "--resume", str(folder))
     process.communicate()
-    assert steps, "no kill came before the end"
     for name in ("model.safetensors", "last.safetensors"):
         same = tensors_of(weights(folder, name)) == tensors_of(weights(whole, name))
         assert same, (name, delays, steps)
@@ -208,7 +219,7 @@ def test_interrupt_saves_and_resumes(options, number):
     while not (path.exists() and path.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors.startswith("charrnn-fast: stopped at step ")
     assert f"train --resume {options.out_dir}" in errors
@@ -415,7 +426,7 @@ def torchrun(code: list[str]) -> None:
     """Two processes on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
