@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from .errors import UsageError
@@ -138,7 +139,7 @@ def to_tensor(ids: Ids, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Batch:
     """One step of training, for all processes together."""
 
@@ -180,21 +181,17 @@ class StreamBatches:
         self.batch_size = min(self.batch_size, usable // self.seq_length)
         length = usable // self.batch_size
         used = length * self.batch_size
-        self._tokens = self.ids[:used].reshape(self.batch_size, length).T  # [length, B], views
-        self._targets = self.ids[1 : used + 1].reshape(self.batch_size, length).T
+        # [length + 1, B], a view: a stream, and the character after it.
+        self._streams = sliding_window_view(self.ids[: used + 1], length + 1)[::length].T
         self._steps = length // self.seq_length
 
     def __len__(self) -> int:
         return self._steps
 
     def batch(self, epoch: int, index: int) -> Batch:
-        rows = slice(index * self.seq_length, (index + 1) * self.seq_length)
-        return Batch(
-            to_tensor(self._tokens[rows]),
-            to_tensor(self._targets[rows]),
-            self.seq_length * self.batch_size,
-            fresh=index == 0,
-        )
+        start = index * self.seq_length
+        rows = to_tensor(self._streams[start : start + self.seq_length + 1])
+        return Batch(rows[:-1], rows[1:], self.seq_length * self.batch_size, fresh=index == 0)
 
 
 class LineBatches:

@@ -62,7 +62,7 @@ class CharRNN(nn.Module):
         else:
             inputs = F.one_hot(tokens, self.rnn.input_size).to(self.head.weight.dtype)
         y, state = self.rnn(inputs, state)
-        return self.head(self.dropout(y)), state
+        return self.head(self.dropout(y) if self.dropout.p else y), state
 
 
 def rnn_class(backend: Backend) -> type[nn.RNN]:

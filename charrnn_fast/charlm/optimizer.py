@@ -42,8 +42,8 @@ class AdamW:
     def step(self, rate: float, limit: float) -> Tensor:
         """One step; returns the norm of the gradients, which are scaled down to ``limit`` first
         where it is greater (0: no limit)."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradients.view(ROWS, -1), dim=1)
-        norm = torch.linalg.vector_norm(norm)
+        rows = torch.linalg.vector_norm(self.gradients.view(ROWS, -1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(rows)
         self.steps += 1
         torch._fused_adamw_(
             [self.weights],

@@ -35,7 +35,7 @@ def save_state(trainer: Trainer) -> None:
     """Writes the training state. Every process calls it, the first one writes."""
     gather, state = trainer.group.gather, trainer.state
     tensors = {
-        "window": torch.stack(gather(trainer.window)).sum(),
+        "window": torch.stack(gather(trainer.window)),
         "random": torch.stack(gather(torch.get_rng_state())).cpu(),
     }
     if trainer.device.type == "cuda":
@@ -71,12 +71,15 @@ def restore_state(trainer: Trainer) -> None:
         trainer.optimizer.load_state(
             {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         )
-        if group.size == len(tensors["random"]):
+        same_group = group.size == len(tensors["random"])
+        if same_group:
             torch.set_rng_state(tensors["random"][group.rank].clone())
         if "random_cuda" in tensors and device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random_cuda"][group.rank], device)
-        if group.rank == 0:
-            trainer.window.copy_(tensors["window"])
+        if same_group:
+            trainer.window.copy_(tensors["window"][group.rank])
+        elif group.rank == 0:
+            trainer.window.copy_(tensors["window"].sum())
         if "state" in tensors:
             batch_size = trainer.batches.batch_size
             shape = (trainer.config.num_layers, batch_size, trainer.config.hidden_size)

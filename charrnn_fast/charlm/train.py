@@ -136,13 +136,12 @@ class Trainer:
         loss = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
         )
-        loss = loss * (1 / batch.count)
         self.optimizer.zero_grad()
-        # DistributedDataParallel averages over processes; the loss is a sum over them.
-        torch.autograd.backward(loss * self.group.size if self.group.size > 1 else loss)
+        # The gradient of the mean; DistributedDataParallel averages what is a sum over processes.
+        torch.autograd.backward(loss, loss.new_full((), self.group.size / batch.count))
         self.rate = learning_rate(self.options, self.progress.step, self.total_steps)
         self.norm = self.optimizer.step(self.rate, self.options.grad_clip)
-        loss = loss.detach()
+        loss = loss.detach() / batch.count
         self.window += loss
         self.progress.window_steps += 1
         self.progress.step += 1

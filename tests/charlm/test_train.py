@@ -467,6 +467,42 @@ def test_two_processes_have_the_gradients_of_one(options, tmp_path, backend, lin
         torch.testing.assert_close(a, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+UNTIL = """
+from charrnn_fast.charlm import Trainer, TrainOptions
+
+def count(loss, left=[{steps}]):
+    left[0] -= 1
+    if not left[0]:
+        raise SystemExit
+
+trainer = Trainer({options!r}, resume={resume}, say=None, on_loss=count)
+try:
+    trainer.run()
+except SystemExit:
+    pass
+trainer.leave_group()
+"""
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.3, "save_interval": 3}, {"lines": True}])
+def test_two_processes_resume_as_if_never_stopped(options, tmp_path, changes):
+    """To the same bits: each has its own random numbers, carried state and sum of losses."""
+    options = replace(options, max_epochs=2, **changes)
+    whole, saved = replace(options, out_dir=options.out_dir + "-whole"), []
+    for number, (own, resume, steps) in enumerate(
+        [(whole, False, 0), (options, False, 15 if options.lines else 23), (options, True, 0)]
+    ):
+        script = tmp_path / f"{number}.py"
+        script.write_text(UNTIL.format(options=own, resume=resume, steps=steps))
+        torchrun([str(script)])
+        saved.append(step_of(Path(own.out_dir)))
+    assert 0 < saved[1] < saved[0] == saved[2]
+    for name in ("model.safetensors", "last.safetensors"):
+        a, b = (weights(folder, name) for folder in (options.out_dir, whole.out_dir))
+        assert tensors_of(a) == tensors_of(b)
+    assert metrics(options.out_dir) == metrics(whole.out_dir)
+
+
 def test_two_processes_train_like_one(options):
     """The whole run: the same losses, and one set of files, which the first process writes."""
     options = replace(options, max_epochs=2, val_fraction=0.2)
