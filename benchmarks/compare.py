@@ -1,8 +1,8 @@
 """Times this tree and another commit in turns: for the before and after of a change.
 
-    python benchmarks/compare.py BASE [--seconds S] [SHAPE ...]      e.g. 32,100,64,128 (B,T,I,H)
+    python benchmarks/compare.py [--seconds S] [--threads N] BASE [SHAPE ...]
 
-BASE is checked out into a git worktree under build/ and built there. Two builds do not fit into one
+A shape is B,T,I,H, such as 32,100,64,128. BASE is checked out into a git worktree under build/ and built there. Two builds do not fit into one
 process, so each side is a worker process; they take turns, round by round, pinned to one core. Both
 are driven by this tree's harness: only charrnn_fast differs.
 """
@@ -46,9 +46,9 @@ def build(tree: Path) -> None:
 class Worker:
     """A process that imports charrnn_fast from `tree` and answers timing requests."""
 
-    def __init__(self, tree: Path) -> None:
+    def __init__(self, tree: Path, threads: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work-in", str(tree)],
+            [sys.executable, __file__, "--work-in", str(tree), "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -63,7 +63,7 @@ class Worker:
         return json.loads(answer)
 
 
-def work(tree: str) -> None:
+def work(tree: str, threads: int) -> None:
     """Reads requests from stdin, answers with seconds a call: what a Worker's process runs."""
     sys.path[0] = str(ROOT)
     sys.path.insert(0, tree)
@@ -73,7 +73,7 @@ def work(tree: str) -> None:
     sys.path.remove(tree)  # the harness is this tree's, whatever the other one has
     from benchmarks import common, peers
 
-    common.use_threads(1)
+    common.use_threads(threads)
     sides = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -83,12 +83,17 @@ def work(tree: str) -> None:
             sides[key] = peers.our_op(problem, request["backward"])
             common.check(sides[key], problem.reference(request["backward"]), 1e-3)
         run = sides[key].run
+        if threads > 1:
+            time.sleep(0.02)  # until the threads of the other side no longer spin
+            ready = time.perf_counter() + 0.02  # and those of this one do
+            while time.perf_counter() < ready:
+                run()
         run()
         print(json.dumps(common.time_calls(run, request["calls"])), flush=True)
 
 
-def compare(base: str, shapes, seconds: float) -> None:
-    workers = {"before": Worker(built(base)), "after": Worker(ROOT)}
+def compare(base: str, shapes, seconds: float, threads: int) -> None:
+    workers = {"before": Worker(built(base), threads), "after": Worker(ROOT, threads)}
     print(f"{'shape':>24} {'':16} {'before':>10} {'after':>10}  speed-up  (10%..90% of rounds)")
     for shape in shapes:
         for backward in (False, True):
@@ -117,10 +122,11 @@ def main() -> None:
     parser.add_argument("base", nargs="?", help="a commit, tag or branch")
     parser.add_argument("shapes", nargs="*", help="B,T,I,H; the grid of the suite by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each comparison")
+    parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--work-in", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work_in:
-        work(arguments.work_in)
+        work(arguments.work_in, arguments.threads)
         return
     if not arguments.base:
         parser.error("which commit to compare with?")
@@ -128,7 +134,7 @@ def main() -> None:
     from benchmarks.common import QUICK_GRID, Shape
 
     shapes = [Shape(*map(int, text.split(","))) for text in arguments.shapes] or QUICK_GRID
-    compare(arguments.base, shapes, arguments.seconds)
+    compare(arguments.base, shapes, arguments.seconds, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,11 @@ class Barrier {
 // The cheapest way by a rough count of cycles. Constants were measured on Zen 4 and Zen 5 cores
 // with AVX-512; they decide speed only, never results.
 Plan cheapest_plan(const Layer& layer, int threads, double passes) {
-  constexpr double kBarrierCycles = 800;
-  constexpr double kStartCycles = 20000;  // waking the threads
+  // Between distant cores, whose round trip is half a microsecond; a tenth of it between close
+  // ones.
+  constexpr double kBarrierCycles = 2500;
+  constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
+  constexpr double kStartCycles = 20000;     // waking the threads
   constexpr double kLanes = 16;
   // Below two rows, loading the weights takes longer than multiplying by them.
   const auto recurrence = [&](double rows) {
@@ -97,7 +100,9 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
     if (at_once && (layer.D == 1 || most == 0)) continue;
     const int by_batch = static_cast<int>(std::clamp<int64_t>(layer.B, 1, most));
     const double rows = (layer.B + by_batch - 1) / by_batch;
-    consider(by_batch, Split::kBatch, at_once, steps * recurrence(rows) + products / by_batch);
+    consider(
+        by_batch, Split::kBatch, at_once,
+        steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) + products / by_batch);
     const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
     if (by_hidden > 1) {
       consider(by_hidden, Split::kHidden, at_once,
