@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from .common import Shape, Side, use_threads
 
@@ -23,10 +25,10 @@ SIZES = {
 
 @pytest.fixture
 def trainer_of(tmp_path):
-    """A Trainer of one of SIZES, and the losses of its first five steps."""
+    """A Trainer of one of SIZES, and the losses of its first steps."""
     from charrnn_fast.charlm import Trainer, TrainOptions
 
-    def make(size, backend):
+    def make(size, backend, steps=5):
         text = TEXT
         if size == "tutorial":
             text = str(tmp_path / "sentences.txt")
@@ -34,7 +36,7 @@ def trainer_of(tmp_path):
         folder = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
         options = TrainOptions(text=text, out_dir=folder, backend=backend, **SIZES[size])
         trainer = Trainer(options, say=None)
-        return trainer, torch.stack([trainer.train_step() for _ in range(5)])
+        return trainer, torch.tensor([trainer.train_step() for _ in range(steps)])
 
     return make
 
@@ -45,14 +47,53 @@ def shape_of(trainer) -> Shape:
     return Shape(*size)
 
 
+def plain_loop(trainer):
+    """The training of `trainer` as one writes it with nothing but PyTorch: a step, a call.
+
+    One-hot, nn.RNN, nn.Linear, cross-entropy, clipping and fused AdamW, each as documented there.
+    """
+    from charrnn_fast.charlm.options import learning_rate
+
+    options, V = trainer.options, len(trainer.vocabulary)
+    rnn = nn.RNN(V, options.hidden_size, options.num_layers)
+    head = nn.Linear(options.hidden_size, V)
+    parameters = [*rnn.parameters(), *head.parameters()]
+    for parameter, value in zip(parameters, trainer.model.parameters(), strict=True):
+        parameter.data.copy_(value)
+    optimizer = torch.optim.AdamW(
+        parameters, weight_decay=options.weight_decay, fused=True, lr=options.learning_rate
+    )
+    batches, count, state = trainer.batches, 0, None
+
+    def step():
+        nonlocal count, state
+        batch = batches.batch(*divmod(count, len(batches)))
+        y, state = rnn(F.one_hot(batch.tokens, V).float(), None if batch.fresh else state)
+        state = state.detach()
+        loss = F.cross_entropy(head(y).flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, options.grad_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(options, count, trainer.total_steps)
+        optimizer.step()
+        count += 1
+        return loss.detach()
+
+    return step
+
+
 @pytest.mark.parametrize("size", SIZES)
 def bench_training(size, trainer_of, side_by_side):
-    """Both sides with one loop, one optimizer (fused AdamW) and one text: the module differs."""
+    """Our module and nn.RNN in one loop with one optimizer and one text, and a plain loop."""
     sides, losses = [], {}
     for backend, name in SIDES.items():
         trainer, losses[name] = trainer_of(size, backend)
         sides.append(Side(name, trainer.train_step, grad=True))
-    torch.testing.assert_close(losses["module"], losses["nn.RNN"], rtol=1e-4, atol=0)
+    step = plain_loop(trainer_of(size, "torch", steps=0)[0])
+    losses["plain loop"] = torch.stack([step() for _ in range(5)])
+    sides.append(Side("plain loop", step, grad=True))
+    for name in ("nn.RNN", "plain loop"):
+        torch.testing.assert_close(losses["module"], losses[name], rtol=1e-4, atol=0)
     shape = shape_of(trainer)
     side_by_side(f"charlm training {size}", shape, sides, characters=shape.B * shape.T)
 

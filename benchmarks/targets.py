@@ -187,6 +187,33 @@ def overhead(table: Table, cells: list[Cell]) -> None:
         table.at_most("9", f"call at T=B=H=1, {grad}, of nn.RNN's", ratios, round(wanted, 3))
 
 
+def character_model(table: Table, cells: list[Cell]) -> None:
+    """Steps of training and characters drawn, end to end; see bench_charlm.py."""
+    # Results of before the plain loop was measured have the other reference only.
+    for theirs, name in (("nn.RNN", "nn.RNN in our loop"), ("plain loop", "a plain PyTorch loop")):
+        for size, wanted in (("2x128", 2.5), ("1x512", 1.8), ("tutorial", 4.0)):
+            ratios = {
+                c.name: c.speedup("module", theirs)
+                for c in cells
+                if c.topic == f"charlm training {size}" and theirs in c.seconds
+            }
+            table.at_least("charlm", f"training {size}, against {name}", ratios, wanted)
+    gains = {
+        c.name: c.speedup("2 threads", "1 threads")
+        for c in cells
+        if c.topic == "charlm training threads"
+    }
+    table.at_least("charlm", "training 2x128, two threads", gains, 1.8)
+    for streams, wanted in ((1, 0.7), (64, 1.5)):
+        speeds = {
+            c.name: c.info["characters"] / c.seconds["module"] / 1e6
+            for c in cells
+            if c.topic == "charlm sampling 1x128" and streams == c.B
+        }
+        what = f"sampling 1x128, {streams} stream{'s' * (streams > 1)}, characters/s"
+        table.at_least("charlm", what, speeds, wanted, " million")
+
+
 def errors(table: Table, cells: list[Cell]) -> None:
     ratios = {}
     for c in cells:
@@ -227,6 +254,7 @@ def main(path: str) -> int:
     tokens(table, cells)
     memory(table, cells)
     overhead(table, cells)
+    character_model(table, cells)
     errors(table, cells)
     table.print()
     return any(row[4] == "MISSED" for row in table.rows)
