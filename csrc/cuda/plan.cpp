@@ -127,16 +127,28 @@ Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
   return plan;
 }
 
+double plan_cycles(const Plan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
+                   const DeviceLimits& limits) {
+  switch (plan.design) {
+    case Design::kBlock:
+      return block_cycles(plan, D, limits);
+    case Design::kGrid:
+      return grid_cycles(plan, D, limits);
+    case Design::kStep:
+      break;
+  }
+  return step_cycles(H, B, D, dtype, limits);
+}
+
 Plan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceLimits& limits) {
   Plan best = plan_design(Design::kStep, H, B, D, dtype, limits);
-  double best_cycles = step_cycles(H, B, D, dtype, limits);
-  const Plan grid = plan_design(Design::kGrid, H, B, D, dtype, limits);
-  if (grid.reason != nullptr && grid_cycles(grid, D, limits) < best_cycles) {
-    best = grid;
-    best_cycles = grid_cycles(grid, D, limits);
+  for (Design design : {Design::kGrid, Design::kBlock}) {
+    const Plan plan = plan_design(design, H, B, D, dtype, limits);
+    if (plan.reason != nullptr &&
+        plan_cycles(plan, H, B, D, dtype, limits) < plan_cycles(best, H, B, D, dtype, limits)) {
+      best = plan;
+    }
   }
-  const Plan block = plan_design(Design::kBlock, H, B, D, dtype, limits);
-  if (block.reason != nullptr && block_cycles(block, D, limits) < best_cycles) best = block;
   return best;
 }
 

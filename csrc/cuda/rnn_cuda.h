@@ -91,6 +91,9 @@ Plan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceL
 // The plan for one design, whatever it costs. Null reason when the device cannot run it.
 Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
                  const DeviceLimits& limits);
+// What a step costs by the model that plan_recurrence chooses by.
+double plan_cycles(const Plan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
+                   const DeviceLimits& limits);
 // Bytes of RecurrenceArgs::workspace, all of them zero at launch.
 size_t recurrence_workspace(const Plan& plan, int64_t B, int64_t H, int64_t D);
 

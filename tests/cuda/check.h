@@ -108,5 +108,6 @@ void generate_parity(bool quick);
 // Generation to which some fault was done: fails if its results show it.
 void generate_once();
 void plans(bool print);
+void rooflines();
 
 }  // namespace charrnn_fast::cuda

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["recurrence_forward.cu", "recurrence_backward.cu", "elementwise.cu", "generate.cu"]
 HOT = ("block", "grid", "step", "generate")  # the kernels that run once a step or more
 THREADS = {"75": 1024, "80": 2048, "90": 2048, "100": 2048}  # that a multiprocessor can have
-BEGIN = "<!-- the output of tests/cuda/check_ptxas.py -->\n"
 END = "<!-- end of that output -->\n"
 
 
@@ -107,11 +106,12 @@ def render(archs, table, release):
     return "\n".join(lines) + "\n"
 
 
-def split_page(path):
-    """What comes before the table in a page, the table, and what comes after it."""
-    before, rest = path.read_text().split(BEGIN)
-    table, after = rest.split(END)
-    return before + BEGIN, table, END + after
+def split_page(path, command="check_ptxas.py"):
+    """What comes before the output of a command in a page, that output, and what comes after it."""
+    begin = f"<!-- the output of tests/cuda/{command} -->\n"
+    before, rest = path.read_text().split(begin)
+    table, after = rest.split(END, 1)
+    return before + begin, table, END + after
 
 
 def main():

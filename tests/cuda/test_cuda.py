@@ -89,6 +89,13 @@ def test_plans_for_real_devices(program):
     assert code == 0, text
 
 
+def test_rooflines_of_the_docs_are_those_of_the_plan(program):
+    """Where this fails, put the output of `test_kernels rooflines` into docs/cuda.md."""
+    code, text = run([program, "rooflines"])
+    assert code == 0
+    assert load_check_ptxas().split_page(ROOT / "docs/cuda.md", "test_kernels rooflines")[1] == text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_emulated_under_sanitizer(tmp_path, sanitizer):

@@ -5,6 +5,7 @@
 //                                               several orders of threads; GROUP: block, grid, ...
 //   test_kernels faults       each barrier and shuffle left out in turn, and other faults
 //   test_kernels plan [print] plans for real devices
+//   test_kernels rooflines    the table of docs/cuda.md
 //   test_kernels races        a few launches, for a build with a sanitizer
 //   test_kernels race         one launch without a barrier, for ThreadSanitizer to report
 //
@@ -183,6 +184,10 @@ int run_tests(int argc, char** argv) {
   if (what == "parity") parity(quick);
   if (what == "faults") faults();
   if (what == "plan") plans(argc > 2 && std::strcmp(argv[2], "print") == 0);
+  if (what == "rooflines") {
+    rooflines();
+    return 0;
+  }
   if (what == "races") races();
   if (what == "race") {
     const Case small{3, 2, 60, 1, Dtype::kFloat32, Activation::kTanh, Case::kFull, true};

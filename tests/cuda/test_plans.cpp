@@ -127,4 +127,55 @@ void plans(bool print) {
   }
 }
 
+// docs/cuda.md states what is assumed, and the formulas.
+void rooflines() {
+  constexpr double kL2BytesPerCycle = 40;  // of each multiprocessor
+  const struct {
+    const char* name;
+    double gigahertz, lanes;  // multiply-adds a cycle and multiprocessor
+  } clocks[] = {{"A100", 1.41, 64}, {"H100", 1.98, 128}};
+  std::printf(
+      "| H | B | MFLOP | A100: design | KB | floor | expected | cuDNN | H100: design | KB | floor "
+      "| "
+      "expected | cuDNN |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+  for (int64_t H : {64, 128, 200, 256, 384, 512, 768, 1024, 1536, 2048}) {
+    for (int64_t B : {1, 32, 256}) {
+      std::printf("| %lld | %lld | %.3g |", static_cast<long long>(H), static_cast<long long>(B),
+                  2e-6 * H * H * B);
+      for (const auto& clock : clocks) {
+        const auto named = [&](const Device& d) { return std::strcmp(d.name, clock.name) == 0; };
+        const DeviceLimits limits =
+            std::find_if(std::begin(kDevices), std::end(kDevices), named)->limits;
+        const auto microseconds = [&](double cycles) { return cycles / clock.gigahertz / 1000; };
+        const auto time_of = [&](const Plan& plan) {
+          return microseconds(plan_cycles(plan, H, B, 1, Dtype::kFloat32, limits));
+        };
+        const Plan plan = plan_recurrence(H, B, 1, Dtype::kFloat32, limits);
+        std::string design = kDesigns[static_cast<int>(plan.design)];
+        double floats = 2.0 * B * H;  // in and out
+        if (plan.design == Design::kGrid) {
+          floats += B * H + 1.0 * plan.blocks * plan.rows * H;  // states written, and read by all
+        } else if (plan.design == Design::kStep) {
+          floats += 1.0 * H * H + 4.0 * B * H;
+        }
+        if (plan.design != Design::kStep) {
+          design += " " + std::to_string(plan.blocks) + " x " + std::to_string(plan.rows);
+        }
+        const double floor =
+            std::max(1.0 * H * H * B / clock.lanes, 4 * floats / kL2BytesPerCycle) /
+            limits.multiprocessors;
+        std::printf(" %s | %.3g | %.2g | %.3g |", design.c_str(), 4 * floats / 1024,
+                    microseconds(floor), time_of(plan));
+        if (H <= 384) {
+          std::printf(" ? |");
+        } else {
+          std::printf(" %.3g |",
+                      time_of(plan_design(Design::kStep, H, B, 1, Dtype::kFloat32, limits)));
+        }
+      }
+      std::printf("\n");
+    }
+  }
+}
+
 }  // namespace charrnn_fast::cuda
