@@ -389,37 +389,83 @@ struct Transpose<double> {
   }
 };
 
-// Packs columns of the product a b with b = W' (W is [columns, K], as PyTorch keeps weights): panel
-// p of the result is [K][width(p)] vectors, zero beyond the last column.
+// Packs K columns of W, whose rows lie ld apart, for one panel of the product a W': `source` is the
+// row of the panel's first column. The result is [K][width] vectors, zero beyond the last column.
+// What lies at `next`, in rows as far apart, is fetched meanwhile; null: nothing.
 template <typename scalar>
-void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, int64_t first_panel,
-                     int64_t last_panel, scalar* packed) {
+void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
+                int64_t panel, scalar* target, const scalar* next = nullptr) {
   constexpr int64_t kBlock = Transpose<scalar>::kBlock;
   constexpr int64_t kLine =
       64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
-  for (int64_t p = first_panel; p < last_panel; ++p) {
-    const int64_t stride = panels.width(p) * kLanes<scalar>;
-    const int64_t n = panels.used_columns(p);
-    const int64_t whole = n / kBlock * kBlock;
-    const scalar* source = W + panels.first_column(p) * K;
-    scalar* target = packed + panels.first_column(p) * K;
-    for (int64_t line = 0; line < K; line += kLine) {
-      const int64_t end = line + kLine < K ? line + kLine : K;
-      for (int64_t j = 0; j < whole; j += kBlock) {
-        int64_t k = line;
-        for (; k + kBlock <= end; k += kBlock) {
-          Transpose<scalar>::run(source + j * K + k, K, target + k * stride + j, stride);
+  const int64_t stride = panels.width(panel) * kLanes<scalar>;
+  const int64_t n = panels.used_columns(panel);
+  const int64_t whole = n / kBlock * kBlock;
+  int64_t done = 0, packed = 0;  // of so many columns, so much along k
+#ifdef CHARRNN_FAST_TRANSPOSE
+  if constexpr (sizeof(scalar) == 4) {
+    constexpr int64_t L = kLanes<scalar>;
+    packed = K / kLine * kLine;
+    for (; done + L <= n; done += L) {
+      for (int64_t k = 0; k < packed; k += L) {
+        if (next != nullptr) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < L; ++i) __builtin_prefetch(next + (done + i) * ld + k, 0, 2);
         }
-        for (; k < end; ++k) {
-          for (int64_t i = j; i < j + kBlock; ++i) target[k * stride + i] = source[i * K + k];
-        }
-      }
-      for (int64_t k = line; k < end; ++k) {
-        for (int64_t j = whole; j < n; ++j) target[k * stride + j] = source[j * K + k];
-        for (int64_t j = n; j < stride; ++j) target[k * stride + j] = 0;
+        transpose_lanes(source + done * ld + k, ld, target + k * stride + done, stride);
       }
     }
   }
+#endif
+  for (int64_t line = 0; line < K; line += kLine) {
+    const int64_t end = line + kLine < K ? line + kLine : K;
+    for (int64_t j = line < packed ? done : 0; j < whole; j += kBlock) {
+      int64_t k = line;
+      for (; k + kBlock <= end; k += kBlock) {
+        Transpose<scalar>::run(source + j * ld + k, ld, target + k * stride + j, stride);
+      }
+      for (; k < end; ++k) {
+        for (int64_t i = j; i < j + kBlock; ++i) target[k * stride + i] = source[i * ld + k];
+      }
+    }
+    for (int64_t k = line; k < end; ++k) {
+      for (int64_t j = whole; j < n; ++j) target[k * stride + j] = source[j * ld + k];
+      for (int64_t j = n; j < stride; ++j) target[k * stride + j] = 0;
+    }
+  }
+}
+
+// Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W'.
+template <typename scalar>
+void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, int64_t first_panel,
+                     int64_t last_panel, scalar* packed) {
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t first = panels.first_column(p) * K;
+    pack_panel(W + first, K, K, panels, p, packed + first);
+  }
+}
+
+// The product of some rows with W' in the columns of one panel, with W packed block by block just
+// before its use: for weights that are used once. Has the bits of packing all of it.
+template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
+void multiply_unpacked(TileArgs<scalar> args, int64_t rows, const scalar* W,
+                       const Panels<scalar>& panels, int64_t panel, scalar* block) {
+  const int64_t K = args.K;
+  const scalar* source = W + panels.first_column(panel) * K;
+  // Smaller ones lie in L2, as a rule, where the cell is called again and again.
+  const bool far = K * panels.columns * sizeof(scalar) > (1 << 19);
+  for (; K - args.first_k > kChainTerms; args.first_k += kChainTerms) {
+    args.K = kChainTerms;
+    const scalar* at = source + args.first_k;
+    pack_panel(at, K, args.K, panels, panel, block, far ? at + kChainTerms : nullptr);
+    multiply_rows<Finish::kStore>(args, rows, panels, panel, block);
+    args.init = args.out;
+  }
+  args.K = K - args.first_k;
+  const scalar* after =
+      far && panel + 1 < panels.count ? W + panels.first_column(panel + 1) * K : nullptr;
+  pack_panel(source + args.first_k, K, args.K, panels, panel, block, after);
+  multiply_rows<finish, activation>(args, rows, panels, panel, block);
 }
 
 // The same with b given as K rows of `columns`, each found by row(k).

@@ -133,3 +133,22 @@ def test_empty_batch():
     """B=0 gives an empty state."""
     stock, ours = cells(3, 5)
     assert ours(torch.zeros(0, 3)).shape == stock(torch.zeros(0, 3)).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 5, 7), (1, 40, 300), (7, 130, 129), (97, 28, 66)])
+def test_one_step_has_the_bits_of_many(isa, B, I, H, dtype):
+    """A call of one step, which packs its weights otherwise, has the bits of a longer one."""
+    rnn = charrnn_fast.RNN(I, H, bidirectional=True, dtype=dtype)
+    x, hx = torch.randn(3, B, I, dtype=dtype), torch.randn(2, B, H, dtype=dtype)
+    ids = torch.randint(I, (3, B))
+    for input, state in ((x, hx), (x, None), (ids, hx), (ids, None)):
+        one, h_n = rnn(input[:1], state)
+        assert torch.equal(one[0, :, :H], rnn(input, state)[0][0, :, :H])
+        assert torch.equal(h_n[0], one[0, :, :H])
+        last = rnn(input, state)[0][-1, :, H:]
+        assert torch.equal(rnn(input[-1:], state)[0][0, :, H:], last)
+        alone = rnn(input[:1, B - 1 :], None if state is None else state[:, B - 1 :])[0]
+        assert torch.equal(alone[:, 0], one[:, B - 1])
+        torch.set_num_threads(3)
+        assert torch.equal(rnn(input[:1], state)[0], one)
