@@ -155,10 +155,11 @@ test-gpu: $(BUILT)
 bench-gpu: $(BUILT)
 	@$(BIN)/python tests/cuda/gpu.py bench
 
-# Random calls of RNN and nn.RNN, which must agree: make fuzz CASES=100000 SEED=1
+# Random calls of RNN and nn.RNN, and of generate and its loop, which must agree: CASES=100000 SEED=1
 SEED ?= 0
 fuzz: $(BUILT)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz/differential.py $(CASES) $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz/generation.py $(CASES) $(SEED)
 
 # Mixed calls, refused ones among them, for MINUTES: memory stays flat.
 MINUTES ?= 10
