@@ -592,12 +592,15 @@ int64_t naive_draw(std::vector<double> scores, const GenerateArgs<scalar>& args,
   const double most = *best;
   for (double& x : scores) x = x < least ? 0 : std::exp((x - most) / args.temperature);
   double sum = std::accumulate(scores.begin(), scores.end(), 0.0), reached = 0;
-  falling = scores;
-  std::sort(falling.rbegin(), falling.rend());
-  for (size_t i = 0; args.top_p < 1 && i < falling.size(); reached += falling[i++]) {
-    if (reached < args.top_p * sum) continue;
-    for (double& x : scores) x = x > falling[i] ? x : 0;
-    break;
+  // Of equals the first ones stay: where all units of relu are at zero, all scores may be equal.
+  std::vector<size_t> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return scores[a] > scores[b]; });
+  for (size_t i = 0; args.top_p < 1 && i < order.size(); ++i) {
+    const double weight = scores[order[i]];
+    if (reached >= args.top_p * sum) scores[order[i]] = 0;
+    reached += weight;
   }
   sum = std::accumulate(scores.begin(), scores.end(), 0.0);
   reached = 0;
