@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from charrnn_fast.charlm.optimizer import AdamW
@@ -47,6 +48,23 @@ def test_steps_are_those_of_pytorch(limit, weight_decay):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_weights_are_copied_and_saved_as_ever():
+    """Although they share a vector: by state_dict, safetensors and deepcopy, each with its own."""
+    m = model()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    AdamW(m)
+    loaded = load(save(m.state_dict()))
+    copied = copy.deepcopy(m)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.zero_()
+    for found in (loaded, copied.state_dict()):
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[k], before[k]) for k in before)
+    m.load_state_dict(before)
+    assert all(torch.equal(p, before[k]) for k, p in m.named_parameters())
 
 
 def test_same_bits_for_any_number_of_threads():
