@@ -4,8 +4,8 @@
 
 A shape is B,T,I,H, such as 32,100,64,128. BASE is checked out into a git worktree under build/ and
 built there. Two builds do not fit into one process, so each side is a worker process; they take
-turns, round by round, pinned to one core. Both are driven by this tree's harness: only charrnn_fast
-differs.
+turns, round by round, pinned to one core unless there are several threads. Both are driven by this
+tree's harness: only charrnn_fast differs.
 """
 
 from __future__ import annotations

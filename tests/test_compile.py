@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import leaf, pair, weight_like
+from helpers import beyond_torch_2_9, leaf, pair, weight_like
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
@@ -63,6 +63,7 @@ class Model(nn.Module):
         return self.head(output).tanh(), h_n
 
 
+@beyond_torch_2_9
 @pytest.mark.usefixtures("allow_rnn")
 def test_full_graph_of_any_sizes():
     """One graph with one op serves every T and B, forward and backward, with eager's results."""
@@ -114,6 +115,7 @@ def packed(*lengths):
     return pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=False)
 
 
+@beyond_torch_2_9
 @pytest.mark.usefixtures("allow_rnn")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_full_graph_of_packed_sequences(backend):
@@ -132,7 +134,7 @@ def test_full_graph_of_packed_sequences(backend):
         torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=beyond_torch_2_9)])
 def test_export_of_packed_sequences(strict):
     """A packed argument exports, where nn.RNN fails, and without `strict` the packing does, too."""
     rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
@@ -209,7 +211,7 @@ def test_cell_in_a_full_graph():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=beyond_torch_2_9)])
 def test_export(strict):
     """torch.export gives a program of any T and B, whose one op is ours."""
     T, B = torch.export.Dim("T"), torch.export.Dim("B")

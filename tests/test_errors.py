@@ -82,7 +82,13 @@ CONSTRUCTIONS = {
 @pytest.mark.parametrize("construct", CONSTRUCTIONS)
 def test_constructor_errors(construct):
     """The constructor refuses what nn.RNN's refuses."""
-    want = raised(lambda: CONSTRUCTIONS[construct](nn.RNN))
+    try:
+        CONSTRUCTIONS[construct](nn.RNN)
+    except Exception as error:
+        want = error
+    else:  # torch 2.9 accepts some of them
+        CONSTRUCTIONS[construct](charrnn_fast.RNN)
+        return
     got = raised(lambda: CONSTRUCTIONS[construct](charrnn_fast.RNN))
     assert type(got) is type(want)
     assert re.findall(r"\d+", str(got)) == re.findall(r"\d+", str(want))
