@@ -8,7 +8,7 @@ from torch import nn
 
 import charrnn_fast
 
-# What Dynamo of the oldest torch that is supported cannot trace; it then says so, of nn.RNN as well.
+# What Dynamo of the oldest torch that is supported cannot trace, and then says so.
 beyond_torch_2_9 = pytest.mark.skipif(
     torch.__version__.startswith("2.9."), reason="Dynamo of torch 2.9 cannot trace it"
 )
