@@ -22,6 +22,8 @@ MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
 
 # The short ways in; None when the call needs the long way. See csrc/module.cpp.
 fast_forward = _C.forward
+fast_call = _C.call
+watch_calls = _C.watch_calls
 fast_cell = _C.cell
 
 

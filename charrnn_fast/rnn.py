@@ -46,7 +46,10 @@ class RNN(nn.RNN):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._hooked = any(getattr(cls, name) is not getattr(nn.RNN, name) for name in _HOOKS)
+        cls._hooked = (
+            any(getattr(cls, name) is not getattr(nn.RNN, name) for name in _HOOKS)
+            or super().__call__ is not nn.RNN.__call__  # another base has its own
+        )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
@@ -64,6 +67,14 @@ class RNN(nn.RNN):
     def extra_repr(self) -> str:
         text: str = super().extra_repr()
         return text + (", nonlinearity=sigmoid" if self.mode == "RNN_SIGMOID" else "")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Most of what nn.Module does is to ask whether there is anything to do.
+        if not _is_compiling():
+            result = ops.fast_call(self, args, kwargs)
+            if result is not None:
+                return result
+        return super().__call__(*args, **kwargs)
 
     # TorchScript compiles forward once for each kind of input, as it does nn.RNN's.
     @overload
@@ -251,3 +262,6 @@ class RNN(nn.RNN):
                 )
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
+
+
+ops.watch_calls(RNN)

@@ -6,8 +6,10 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "layer.h"
 
@@ -24,7 +26,11 @@ struct Names {
   _(dropout) _(training) _(bidirectional) _(batch_first) _(input_size) _(hidden_size)    \
   _(nonlinearity) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh)                        \
   _(_update_flat_weights) _(check_forward_args) _(check_hidden_size) _(check_input)      \
-  _(get_expected_hidden_size) _(permute_hidden)
+  _(get_expected_hidden_size) _(permute_hidden)                                          \
+  _(__call__) _(forward) _(_call_impl) _(_wrapped_call_impl) _(_compiled_call_impl)      \
+  _(_hooked) _(_backward_hooks) _(_backward_pre_hooks) _(_forward_hooks)                 \
+  _(_forward_pre_hooks) _(_global_backward_hooks) _(_global_backward_pre_hooks)          \
+  _(_global_forward_hooks) _(_global_forward_pre_hooks)
 // clang-format on
 #define CHARRNN_FAST_DECLARE(name) PyObject* name = PyUnicode_InternFromString(#name);
   CHARRNN_FAST_NAMES(CHARRNN_FAST_DECLARE)
@@ -114,18 +120,16 @@ bool tensor_or_none(PyObject* object, Optional* result) {
 
 PyObject* none() { Py_RETURN_NONE; }
 
-// forward(module.__dict__, input, hx, lengths) -> (output, h_n), or None when the call is anything
-// but plain: then the caller takes the long way, whose checks are nn.RNN's own. At T=B=H=1 it is
-// most of the time.
-PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+// (output, h_n) of the module with this __dict__, or None when the call is anything but plain: then
+// the caller takes the long way, whose checks are nn.RNN's own. At T=B=H=1 it is most of the time.
+PyObject* forward_or_none(PyObject* dict, PyObject* input_, PyObject* hx_, PyObject* lengths_) {
   Optional input, hx, lengths;
-  if (count != 4 || observed() || args[1] == Py_None || !tensor_or_none(args[1], &input) ||
-      !tensor_or_none(args[2], &hx) || !tensor_or_none(args[3], &lengths)) {
+  if (observed() || input_ == Py_None || !tensor_or_none(input_, &input) ||
+      !tensor_or_none(hx_, &hx) || !tensor_or_none(lengths_, &lengths)) {
     return none();
   }
   const Names& name = names();
-  Attributes module(args[0]);
+  Attributes module(dict);
   PyObject* weight_names = module.get(name._flat_weights_names);
   PyObject* flat_weights = module.get(name._flat_weights);
   const std::string_view mode = module.text(name.mode);
@@ -184,6 +188,85 @@ PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   PyTuple_SET_ITEM(pair, 0, output);
   PyTuple_SET_ITEM(pair, 1, h_n);
   return pair;
+}
+
+// forward(module.__dict__, input, hx, lengths) -> (output, h_n), or None.
+PyObject* forward(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return count == 4 ? forward_or_none(args[0], args[1], args[2], args[3]) : none();
+  END_HANDLE_TH_ERRORS
+}
+
+// The way from nn.Module.__call__ to RNN.forward, as it was at the import. Where someone has laid
+// another way since, a call takes that one.
+struct CallPath {
+  PyTypeObject* stock = nullptr;  // nn.RNN
+  PyObject *call, *call_impl, *wrapped_call_impl, *forward;
+  PyObject* globals;  // of torch.nn.modules.module
+
+  // Whether a call of this module would do no more than call RNN.forward.
+  bool is_plain(PyTypeObject* type, PyObject* dict) const {
+    const Names& name = names();
+    const PyThreadState* thread = PyThreadState_Get();
+    // A profiler finds modules by the frames of nn.Module.__call__.
+    return stock != nullptr && thread->c_profilefunc == nullptr && thread->c_tracefunc == nullptr &&
+           _PyType_Lookup(type, name._hooked) == Py_False &&
+           _PyType_Lookup(stock, name.__call__) == call &&
+           _PyType_Lookup(type, name._call_impl) == call_impl &&
+           _PyType_Lookup(type, name._wrapped_call_impl) == wrapped_call_impl &&
+           _PyType_Lookup(type, name._compiled_call_impl) == Py_None &&
+           _PyType_Lookup(type, name.forward) == forward &&
+           lacks(dict, {name._call_impl, name._wrapped_call_impl, name._compiled_call_impl,
+                        name.forward}) &&
+           are_empty(dict, {name._backward_hooks, name._backward_pre_hooks, name._forward_hooks,
+                            name._forward_pre_hooks}) &&
+           are_empty(globals, {name._global_backward_hooks, name._global_backward_pre_hooks,
+                               name._global_forward_hooks, name._global_forward_pre_hooks});
+  }
+
+ private:
+  static bool lacks(PyObject* dict, std::initializer_list<PyObject*> keys) {
+    return std::all_of(keys.begin(), keys.end(),
+                       [dict](PyObject* key) { return PyDict_Contains(dict, key) == 0; });
+  }
+  static bool are_empty(PyObject* dict, std::initializer_list<PyObject*> keys) {
+    return std::all_of(keys.begin(), keys.end(), [dict](PyObject* key) {
+      PyObject* hooks = PyDict_GetItemWithError(dict, key);
+      return hooks != nullptr && PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0;
+    });
+  }
+};
+CallPath call_path;
+
+// Remembers CallPath, for `call`: of the class RNN itself.
+void watch_calls(const py::type& rnn) {
+  const py::module_ module = py::module_::import("torch.nn.modules.module");
+  const Names& name = names();
+  const auto kept = [](const py::handle& owner, PyObject* key) {
+    return py::reinterpret_steal<py::object>(PyObject_GetAttr(owner.ptr(), key)).release().ptr();
+  };
+  call_path.stock = reinterpret_cast<PyTypeObject*>(rnn.ptr())->tp_base;
+  call_path.call = kept(module.attr("Module"), name.__call__);
+  call_path.call_impl = kept(module.attr("Module"), name._call_impl);
+  call_path.wrapped_call_impl = kept(module.attr("Module"), name._wrapped_call_impl);
+  call_path.forward = kept(rnn, name.forward);
+  call_path.globals = py::object(module.attr("__dict__")).release().ptr();
+}
+
+// call(module, args, kwargs) -> (output, h_n), or None when nn.Module.__call__ would do anything
+// but call RNN.forward, or that would take the long way.
+PyObject* call(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || PyDict_GET_SIZE(args[2]) != 0) return none();
+  const Py_ssize_t given = PyTuple_GET_SIZE(args[1]);
+  if (given < 1 || given > 3) return none();
+  const py::object dict =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(args[0], nullptr));
+  if (!dict || !call_path.is_plain(Py_TYPE(args[0]), dict.ptr())) return none();
+  const auto argument = [&](Py_ssize_t i) {
+    return i < given ? PyTuple_GET_ITEM(args[1], i) : Py_None;
+  };
+  return forward_or_none(dict.ptr(), argument(0), argument(1), argument(2));
   END_HANDLE_TH_ERRORS
 }
 
@@ -301,6 +384,8 @@ py::tuple plan(int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t
 PyMethodDef kMethods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
      nullptr},
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+     nullptr},
     {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell)), METH_FASTCALL,
      nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -310,6 +395,7 @@ PyMethodDef kMethods[] = {
 
 PYBIND11_MODULE(_C, m) {
   PyModule_AddFunctions(m.ptr(), kMethods);
+  m.def("watch_calls", watch_calls);
   m.def("build_info", build_info);
   m.def("isas", supported_isas);
   m.def("isa", [] { return std::string(isa().name); });

@@ -1,5 +1,6 @@
 """What a module is beside its computation: construction, state, copies, hooks, weight lists."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -219,3 +220,151 @@ def test_hooks_run():
         seen.append(calls)
     assert seen[0] == seen[1]
     assert len(seen[0]) == 3
+
+
+def forward_of(module, calls):
+    def forward(*args):
+        calls.append(args)
+        return type(module).forward(module, *args)
+
+    return forward
+
+
+def set_forward(module, calls, patch):
+    module.forward = forward_of(module, calls)
+
+
+def set_compiled(module, calls, patch):
+    module._compiled_call_impl = forward_of(module, calls)
+
+
+def set_call_impl(module, calls, patch):
+    module._call_impl = forward_of(module, calls)
+
+
+def set_class_forward(module, calls, patch):
+    forward = type(module).forward
+    patch.setattr(type(module), "forward", lambda m, *a: calls.append(a) or forward(m, *a))
+
+
+def set_module_call(module, calls, patch):
+    call = nn.Module.__call__
+    patch.setattr(nn.Module, "__call__", lambda m, *a: calls.append(a) or call(m, *a))
+
+
+def set_stock_call(module, calls, patch):
+    call = nn.Module.__call__
+    patch.setattr(nn.RNN, "__call__", lambda m, *a: calls.append(a) or call(m, *a), raising=False)
+
+
+def set_module_call_impl(module, calls, patch):
+    call = nn.Module._call_impl
+    patch.setattr(nn.Module, "_call_impl", lambda m, *a: calls.append(a) or call(m, *a))
+
+
+def set_global_hook(register):
+    def set_hook(module, calls, patch):
+        hook = register(lambda m, *a: calls.append(a))
+        patch.callback(hook.remove)
+
+    return set_hook
+
+
+def set_own_hook(name):
+    def set_hook(module, calls, patch):
+        getattr(module, name)(lambda m, *a: calls.append(a))
+
+    return set_hook
+
+
+BYSTANDERS = {
+    "forward of the instance": set_forward,
+    "compiled": set_compiled,
+    "call_impl of the instance": set_call_impl,
+    "forward of the class": set_class_forward,
+    "nn.Module.__call__": set_module_call,
+    "nn.RNN.__call__": set_stock_call,
+    "nn.Module._call_impl": set_module_call_impl,
+    "forward hook": set_own_hook("register_forward_hook"),
+    "pre-hook": set_own_hook("register_forward_pre_hook"),
+    "backward hook": set_own_hook("register_full_backward_hook"),
+    "backward pre-hook": set_own_hook("register_full_backward_pre_hook"),
+    "global hook": set_global_hook(nn.modules.module.register_module_forward_hook),
+    "global pre-hook": set_global_hook(nn.modules.module.register_module_forward_pre_hook),
+    "global backward hook": set_global_hook(nn.modules.module.register_module_full_backward_hook),
+    "global backward pre-hook": set_global_hook(
+        nn.modules.module.register_module_full_backward_pre_hook
+    ),
+}
+
+
+class Patch(pytest.MonkeyPatch):
+    """Undoes calls, too."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.callback = stack.callback
+        stack.callback(self.undo)
+
+
+@pytest.mark.parametrize("name", BYSTANDERS)
+def test_who_stands_between_call_and_forward_is_asked(name):
+    """What is put there after a first call is asked by the second one, as by nn.RNN."""
+    counts = []
+    for module in pair(3, 5):
+        x, calls = torch.ones(4, 2, 3, requires_grad=True), []
+        module(x)
+        with contextlib.ExitStack() as stack:
+            BYSTANDERS[name](module, calls, Patch(stack))
+            module(x)[0].sum().backward()
+        counts.append(len(calls))
+    assert counts == [1, 1]
+
+
+def test_classes_between_call_and_forward_are_asked():
+    """Overrides of a subclass, and those of another base."""
+    calls = []
+
+    class Base(nn.Module):
+        def __call__(self, *args):
+            calls.append("base")
+            return super().__call__(*args)
+
+    class Both(charrnn_fast.RNN, Base):
+        pass
+
+    class Call(charrnn_fast.RNN):
+        def __call__(self, *args):
+            calls.append("call")
+            return super().__call__(*args)
+
+    class Forward(charrnn_fast.RNN):
+        def forward(self, *args):
+            calls.append("forward")
+            return super().forward(*args)
+
+    for cls in (Both, Call, Forward):
+        assert cls(3, 5)(torch.ones(4, 2, 3))[0].shape == (4, 2, 5)
+    assert calls == ["base", "call", "forward"]
+
+
+def test_keywords_and_wrong_calls():
+    """Arguments by name mean the same, and errors of a call are those of forward."""
+    rnn = charrnn_fast.RNN(3, 5)
+    x, hx = torch.randn(4, 2, 3), torch.randn(1, 2, 5)
+    for result in (rnn(x, hx=hx), rnn(input=x, hx=hx), rnn(x, hx, None)):
+        assert torch.equal(result[0], rnn(x, hx)[0])
+    for args in ((), (x, hx, None, None)):
+        with pytest.raises(TypeError, match="forward"):
+            rnn(*args)
+
+
+def test_the_profiler_finds_the_module():
+    """torch.profiler knows modules by their calls of nn.Module.__call__."""
+    rnn, x = charrnn_fast.RNN(3, 5), torch.randn(4, 2, 3)
+    rnn(x)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True
+    ) as profile:
+        rnn(x)
+    assert any("nn.Module: RNN" in event.name for event in profile.events())
