@@ -1,6 +1,8 @@
 // The ops on CPU tensors: allocation, the division of work among threads, and the calls into the
 // kernels.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <omp.h>
 #include <sched.h>
@@ -10,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -255,15 +258,48 @@ thread_local Scratch::Block Scratch::kept;
 // So that what follows in the same block is aligned.
 size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Memory of results. Small blocks are malloc's, which keeps those that a thread frees for the next
+// call; for aligned ones, as torch's allocator wants all of them, it searches anew each time.
+class ResultAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = bytes > 0 && bytes <= kSmall ? std::malloc(bytes) : nullptr;
+    if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, data, release, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static constexpr size_t kSmall = 4096;
+
+  static void release(void* data) {
+    c10::profiledCPUMemoryReporter().Delete(data);
+    std::free(data);
+  }
+};
+
+// at::empty without the dispatcher.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  static ResultAllocator allocator;
+  const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  return at::Tensor(at::detail::empty_generic(sizes, &allocator, keys, dtype, std::nullopt));
+}
+
 Optional contiguous(const Optional& tensor) {
   return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
 }
 
-std::vector<at::Tensor> contiguous(at::TensorList tensors) {
-  std::vector<at::Tensor> result;
-  result.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) result.push_back(tensor.contiguous());
-  return result;
+// The tensors themselves where all are contiguous, as weights are; else copies, kept in `copies`.
+at::TensorList contiguous(at::TensorList tensors, std::vector<at::Tensor>* copies) {
+  if (std::all_of(tensors.begin(), tensors.end(),
+                  [](const at::Tensor& tensor) { return tensor.is_contiguous(); })) {
+    return tensors;
+  }
+  for (const at::Tensor& tensor : tensors) copies->push_back(tensor.contiguous());
+  return *copies;
 }
 
 Optional converted(const Optional& tensor, at::ScalarType dtype) {
@@ -343,16 +379,16 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
   }
   const at::Tensor input = input_.contiguous();
   const Optional hx = contiguous(hx_);
-  const std::vector<at::Tensor> weights = contiguous(weights_);
+  std::vector<at::Tensor> copies;
+  const at::TensorList weights = contiguous(weights_, &copies);
   const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
   if (layer.tokens) check_token_ids(input, layer.I);
 
-  const at::TensorOptions options = weights[0].options();
   const int64_t columns = layer.D * layer.H;
-  at::Tensor y = layer.packed          ? at::empty({layer.N, columns}, options)
-                 : lengths.has_value() ? at::zeros({layer.T, layer.B, columns}, options)
-                                       : at::empty({layer.T, layer.B, columns}, options);
-  at::Tensor h_n = at::empty({layer.D, layer.B, layer.H}, options);
+  at::Tensor y = layer.packed          ? empty({layer.N, columns}, dtype)
+                 : lengths.has_value() ? at::zeros({layer.T, layer.B, columns}, dtype)
+                                       : empty({layer.T, layer.B, columns}, dtype);
+  at::Tensor h_n = empty({layer.D, layer.B, layer.H}, dtype);
   if (layer.N == 0 || layer.H == 0) return {y, h_n};
 
   count(counters().forward_fused);
@@ -458,14 +494,15 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
   const at::Tensor input = input_.contiguous(), y = y_.contiguous();
   const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);
   const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
-  const std::vector<at::Tensor> weights = contiguous(weights_);
+  std::vector<at::Tensor> copies;
+  const at::TensorList weights = contiguous(weights_, &copies);
   if (layer.tokens) check_token_ids(input, layer.I);
 
   const bool nothing = layer.N == 0 || layer.H == 0;
   const bool gaps = lengths.has_value();
   const auto grad = [&](bool wanted, at::IntArrayRef sizes, bool zeros) {
-    if (!wanted) return at::empty({0}, y.options());
-    return zeros ? at::zeros(sizes, y.options()) : at::empty(sizes, y.options());
+    if (!wanted) return empty({0}, dtype);
+    return zeros ? at::zeros(sizes, dtype) : empty(sizes, dtype);
   };
   std::vector<at::Tensor> grads;
   grads.reserve(needs.size());

@@ -94,3 +94,20 @@ def test_to_moves_the_weights_in_use():
     rnn(torch.randn(4, 2, 3))
     rnn.double()
     assert rnn(torch.randn(4, 2, 3, dtype=torch.float64))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("T", [2, 500], ids=["small", "large"])
+def test_memory_of_results(T):
+    """Results can be resized and shared as other tensors can, and the profiler counts them."""
+    rnn, x = charrnn_fast.RNN(3, 8), torch.randn(T, 2, 3)
+    with torch.no_grad():
+        expected = rnn(x)[0].clone()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            y, h_n = rnn(x)
+        counted = sum(event.self_cpu_memory_usage for event in profile.events())
+        assert counted >= (y.numel() + h_n.numel()) * y.element_size()
+        y.resize_(2 * T, 2, 8)
+        assert torch.equal(y[:T], expected)
+        assert torch.equal(rnn(x)[0].share_memory_(), expected)
+        lazy = torch._lazy_clone(rnn(x)[0])
+        assert torch.equal(lazy.neg_(), -expected)
