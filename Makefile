@@ -106,6 +106,7 @@ format: $(VENV)/.lint
 # bindings and the kernels under the module tests, which run from a copy that sees the sanitized build.
 NATIVE := CXX="$${CXX:-c++}" $(BIN)/python tests/native/build.py
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+ASAN_LINK := -fsanitize=address,undefined
 TSAN := -fsanitize=thread -DDENSE -O1 -g1
 CASES ?= 500
 
@@ -138,7 +139,7 @@ built_apart = CHARRNN_FAST_VARIANT=-$1 $2 $(BIN)/python setup.py -q build --buil
   rm -rf build/$1/tests && cp -r tests pyproject.toml build/$1
 
 sanitize-module: $(VENV)/.installed
-	$(call built_apart,sanitized,CHARRNN_FAST_CXXFLAGS="$(ASAN)" CHARRNN_FAST_LDFLAGS="-fsanitize=address,undefined")
+	$(call built_apart,sanitized,CHARRNN_FAST_CXXFLAGS="$(ASAN)" CHARRNN_FAST_LDFLAGS="$(ASAN_LINK)")
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)

