@@ -50,7 +50,8 @@ def _threads() -> Any:
 
 def test_random_calls_agree_with_nn_rnn() -> None:
     """A short run of the differential fuzzer; `make fuzz` is the long one."""
-    assert not [found for seed in range(250) for found in differential.run_seed(seed)]
+    seeds = [*range(250), 9869]  # the last one went beyond a limit that was too narrow
+    assert not [found for seed in seeds for found in differential.run_seed(seed)]
 
 
 def test_random_calls_of_generate_agree_with_its_loop() -> None:
