@@ -361,10 +361,17 @@ def test_keywords_and_wrong_calls():
 
 def test_the_profiler_finds_the_module():
     """torch.profiler knows modules by their calls of nn.Module.__call__."""
-    rnn, x = charrnn_fast.RNN(3, 5), torch.randn(4, 2, 3)
-    rnn(x)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True
-    ) as profile:
+    stock, ours = pair(3, 5)
+
+    def is_found(rnn):
+        x = torch.randn(4, 2, 3)
         rnn(x)
-    assert any("nn.Module: RNN" in event.name for event in profile.events())
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True
+        ) as profile:
+            rnn(x)
+        return any("nn.Module: RNN" in event.name for event in profile.events())
+
+    if not is_found(stock):
+        pytest.skip("the profiler of this torch finds no modules")
+    assert is_found(ours)

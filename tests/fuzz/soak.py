@@ -150,7 +150,9 @@ def main() -> int:
     problems = [differential.draw_problem(rng, 1.0) for _ in range(PROBLEMS)]
     solved = [(problem, differential.reference(problem)) for problem in problems]
     errors = refused()
-    for _ in range(8):  # threads, caches and the allocator's pools
+    # Threads, caches, the allocator's pools, and the memory that a thread keeps: as much as its
+    # largest call wanted, which is one of few combinations.
+    for _ in range(64):
         one_round(rng, solved, errors)
     tensors, objects = alive()
     before, held = resident(), heap()
