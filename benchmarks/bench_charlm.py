@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import peers
 from .common import Shape, Side, use_threads
 
 SIDES = {"fast": "module", "torch": "nn.RNN"}
@@ -88,7 +89,8 @@ def bench_training(size, trainer_of, side_by_side):
     sides, losses = [], {}
     for backend, name in SIDES.items():
         trainer, losses[name] = trainer_of(size, backend)
-        sides.append(Side(name, trainer.train_step, grad=True))
+        ran = ("forward_fused", "backward_fused") if backend == "fast" else ()
+        sides.append(Side(name, peers.counted(trainer.train_step, *ran), grad=True))
     step = plain_loop(trainer_of(size, "torch", steps=0)[0])
     losses["plain loop"] = torch.stack([step() for _ in range(5)])
     sides.append(Side("plain loop", step, grad=True))
@@ -108,7 +110,8 @@ def bench_training_threads(trainer_of, side_by_side):
         losses.append(loss)
         prepare = lambda threads=threads: use_threads(threads)  # noqa: E731
         name = f"{threads} threads"
-        sides.append(Side(name, trainer.train_step, None, prepare, True, {"threads": threads}))
+        run = peers.fused(trainer.train_step, True)
+        sides.append(Side(name, run, None, prepare, True, {"threads": threads}))
     assert torch.equal(*losses)
     shape = shape_of(trainer)
     side_by_side("charlm training threads", shape, sides, characters=shape.B * shape.T)

@@ -50,7 +50,7 @@ def _threads() -> Any:
 
 def test_random_calls_agree_with_nn_rnn() -> None:
     """A short run of the differential fuzzer; `make fuzz` is the long one."""
-    seeds = [*range(250), 9869]  # the last one went beyond a limit that was too narrow
+    seeds = [*range(250), 9869]  # in the last one nn.RNN's own float16 is as far off as ours
     assert not [found for seed in seeds for found in differential.run_seed(seed)]
 
 
@@ -188,8 +188,8 @@ def test_no_memory_is_kept() -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     peaks = [calls(200)] + [calls(300) for _ in range(3)]
-    # Kilobytes; a leak of one input a call is twice that, each time. An allocator may grow once.
-    assert min(b - a for a, b in itertools.pairwise(peaks)) < 4000
+    # Kilobytes; a leak of one input a call is three times that. An allocator may grow once.
+    assert min(b - a for a, b in itertools.pairwise(peaks)) < 2400
 
 
 def test_an_unknown_isa_in_the_environment_is_one_sentence() -> None:

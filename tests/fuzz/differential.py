@@ -25,9 +25,9 @@ import charrnn_fast
 
 CALLS_EACH = 4
 # Largest difference from float64, as a share of the largest value (or of one). In low precisions
-# what goes from layer to layer is rounded, which costs several units in the last place: in float16
-# the worst of 200,000 cases was off by 0.0128 (seed 9869), where nn.RNN is by 0.0114.
-LIMITS = {torch.float32: 5e-5, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.025}
+# what goes from layer to layer is rounded, which costs several units in the last place. Where this
+# is not enough there, nn.RNN is asked: twice its own error is allowed.
+LIMITS = {torch.float32: 5e-5, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.0125}
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -159,17 +159,17 @@ def gradients(
     return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
 
-def reference(problem: Problem) -> Results:
-    """All results of nn.RNN in float64, as padded batches."""
+def reference(problem: Problem, dtype: torch.dtype = torch.float64) -> Results:
+    """All results of nn.RNN, as padded batches."""
     torch.set_num_threads(1)
-    module = nn.RNN(problem.width, dtype=torch.float64, **problem.options)
+    module = nn.RNN(problem.width, dtype=dtype, **problem.options)
     leaves = dict(module.named_parameters())
     with torch.no_grad():
         for name, parameter in leaves.items():
             parameter.copy_(problem.params[name])
-    leaves["x"] = problem.x.clone().requires_grad_()
+    leaves["x"] = problem.x.to(dtype, copy=True).requires_grad_()
     if problem.hx is not None:
-        leaves["hx"] = problem.hx.clone().requires_grad_()
+        leaves["hx"] = problem.hx.to(dtype, copy=True).requires_grad_()
     T = problem.x.shape[0]
     if problem.steps is None:
         y, h_n = module(leaves["x"], leaves.get("hx"))
@@ -260,8 +260,10 @@ def call_ours(problem: Problem, rng: random.Random, module: charrnn_fast.RNN) ->
     return {"y": y.detach(), "h_n": h_n.detach(), **grads}
 
 
-def difference(got: Results, want: Results, limit: float) -> str | None:
-    """The first result that is too far from the reference."""
+def difference(
+    got: Results, want: Results, limit: float, stock: Results | None = None
+) -> str | None:
+    """The first result that is too far from the reference: twice as far as ``stock``, if given."""
     for name, value in got.items():
         expected = want[name]
         if value.shape != expected.shape:
@@ -274,7 +276,8 @@ def difference(got: Results, want: Results, limit: float) -> str | None:
     for name, value in got.items():
         scale = max(1.0, float(want[name].abs().max()))
         error = float((value - want[name]).abs().max())
-        if not error <= limit * scale:
+        stock_error = 0.0 if stock is None else float((stock[name] - want[name]).abs().max())
+        if not error <= max(limit * scale, 2 * stock_error):
             return f"{name} differs by {error:.3g} of {scale:.3g}"
     return None
 
@@ -300,7 +303,10 @@ def run_problem(rng: random.Random, scale: float = 1.0, calls: int = CALLS_EACH)
         except Exception as error:  # a finding as well
             found.append(f"{about}: {type(error).__name__}: {error}")
             continue
-        differs = difference(got, want, LIMITS[dtype] * (4 if relu else 1))
+        limit = LIMITS[dtype] * (4 if relu else 1)
+        differs = difference(got, want, limit)
+        if differs is not None and dtype in LOW:
+            differs = difference(got, want, limit, reference(problem, dtype))
         if differs is not None:
             found.append(f"{about}: {differs}")
     # A sum that rounds to the other side of relu's kink changes gradients by as much as they are.
