@@ -1,24 +1,16 @@
-// The ops on CPU tensors: allocation, the division of work among threads, and the calls into the
-// kernels.
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
-#include <omp.h>
-#include <sched.h>
+// The ops on CPU tensors: the calls into the kernels.
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
-#include <utility>
+#include <vector>
 
+#include "allocation.h"
 #include "layer.h"
+#include "teams.h"
 
 namespace charrnn_fast {
 
@@ -30,130 +22,6 @@ static at::ScalarType computed_in(const Isa& isa, at::ScalarType dtype) {
 at::ScalarType computed_in(at::ScalarType dtype) { return computed_in(isa(), dtype); }
 
 namespace {
-
-// Members wait here for each other by spinning, since a step may last less than a microsecond; they
-// offer the core to others when the wait is long, as it is when another program holds a core.
-//
-// Each has a line of cache of its own that only it writes, so that one transfer between two cores
-// is all that a meeting takes.
-class Barrier {
- public:
-  explicit Barrier(int size) : members_(size) {
-    for (Member& member : members_) member.all = &members_;
-  }
-
-  void* member(int rank) { return &members_[rank]; }
-  static void wait(void* member) { static_cast<Member*>(member)->wait(); }
-
- private:
-  struct alignas(128) Member {  // two lines: the one beside a line may be fetched with it
-    std::atomic<int64_t> arrivals{0};
-    const std::vector<Member>* all = nullptr;
-
-    void wait() {
-      const int64_t now = arrivals.load(std::memory_order_relaxed) + 1;
-      arrivals.store(now, std::memory_order_release);
-      for (const Member& other : *all) {
-        for (int spins = 0; other.arrivals.load(std::memory_order_acquire) < now;) {
-          if (++spins < kSpins) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-          } else {
-            sched_yield();
-          }
-        }
-      }
-    }
-  };
-
-  static constexpr int kSpins = 1000;
-  std::vector<Member> members_;
-};
-
-// The cheapest way by a rough count of cycles. Constants were measured on Zen 4 and Zen 5 cores
-// with AVX-512; they decide speed only, never results.
-Plan cheapest_plan(const Layer& layer, int threads, double passes) {
-  // Between distant cores, whose round trip is half a microsecond; a tenth of it between close
-  // ones.
-  constexpr double kBarrierCycles = 2500;
-  constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
-  constexpr double kStartCycles = 20000;     // waking the threads
-  constexpr double kLanes = 16;
-  // Below two rows, loading the weights takes longer than multiplying by them.
-  const auto recurrence = [&](double rows) {
-    return layer.H * layer.H / kLanes * std::max(rows, 2.0);
-  };
-  const double products = static_cast<double>(layer.N) * layer.H / kLanes *
-                          (layer.I + (passes > 1 ? layer.I + layer.H : 0));
-  const double steps = layer.T;
-  Plan best{1, Split::kBatch, false};
-  double best_cost = layer.D * (steps * recurrence(layer.B) + products);
-  // `cost` of one direction, by as many threads.
-  const auto consider = [&](int members, Split split, bool at_once, double cost) {
-    if (members * (at_once ? 2 : 1) > 1) cost += kStartCycles;
-    if (!at_once) cost *= layer.D;
-    if (cost < best_cost) {
-      best = {members, split, at_once};
-      best_cost = cost;
-    }
-  };
-  for (const bool at_once : {true, false}) {
-    const int most = at_once ? threads / 2 : threads;
-    if (at_once && (layer.D == 1 || most == 0)) continue;
-    const int by_batch = static_cast<int>(std::clamp<int64_t>(layer.B, 1, most));
-    const double rows = (layer.B + by_batch - 1) / by_batch;
-    consider(
-        by_batch, Split::kBatch, at_once,
-        steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) + products / by_batch);
-    const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
-    if (by_hidden > 1) {
-      consider(by_hidden, Split::kHidden, at_once,
-               steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden);
-    }
-  }
-  return best;
-}
-
-// Runs call(direction, team) for each direction, in teams of plan.members, both at once where
-// plan.at_once says so.
-template <typename Call>
-void run_teams(int64_t directions, const Plan& plan, const Call& call) {
-  const int members = plan.members;
-  const auto run = [&](int64_t first, int64_t last) {
-    const int size = static_cast<int>(last - first) * members;
-    if (size == 1) return call(first, Team{0, 1, nullptr, nullptr});
-    std::array<Barrier, 2> barriers{Barrier(members), Barrier(members)};
-    bool complete = true;
-#pragma omp parallel num_threads(size)
-    {
-      // OpenMP may give fewer threads than asked for; then one does everything.
-      const int rank = omp_get_thread_num();
-      if (omp_get_num_threads() == size) {
-        const int64_t direction = rank / members;
-        call(first + direction, Team{rank % members, members, Barrier::wait,
-                                     barriers[direction].member(rank % members)});
-      } else if (rank == 0) {
-        complete = false;
-      }
-    }
-    if (complete) return;
-    for (int64_t d = first; d < last; ++d) call(d, Team{0, 1, nullptr, nullptr});
-  };
-  if (plan.at_once) return run(0, directions);
-  for (int64_t d = 0; d < directions; ++d) run(d, d + 1);
-}
-
-int threads_to_use(const Layer& layer, double passes) {
-  if (at::in_parallel_region()) return 1;
-  // Not worth waking a thread for less than some tens of microseconds.
-  const double cycles = passes * layer.D * layer.N * layer.H * (layer.I + layer.H) / 16.0;
-  return cycles < 100000 ? 1 : at::get_num_threads();
-}
-
-Plan make_plan(const Layer& layer, double passes) {
-  return cheapest_plan(layer, threads_to_use(layer, passes), passes);
-}
 
 // The layout of the rows, with the arrays it points to.
 class Rows {
@@ -215,77 +83,6 @@ const scalar* data(const at::Tensor& tensor) {
 template <typename scalar>
 scalar* mutable_data(const at::Tensor& tensor) {
   return reinterpret_cast<scalar*>(tensor.mutable_data_ptr<InTorch<scalar>>());
-}
-
-// Memory for the length of one call. A thread keeps the largest block of moderate size that its
-// calls needed: fresh memory comes from the system page by page, which took up to two fifths of the
-// time of a training step.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    if (bytes <= kept.bytes) {
-      std::swap(block_, kept);
-    } else {
-      block_.data.reset(c10::alloc_cpu(bytes));  // 64-byte aligned; throws what at::empty throws
-      block_.bytes = bytes;
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (kept.bytes < block_.bytes && block_.bytes <= kKeptBytes) std::swap(block_, kept);
-  }
-
-  std::byte* data() const { return static_cast<std::byte*>(block_.data.get()); }
-
- private:
-  static constexpr size_t kKeptBytes = size_t{32} << 20;
-
-  // Plain memory: it is freed when its thread ends, when a tensor's allocator may be gone.
-  struct Free {
-    void operator()(void* data) const { c10::free_cpu(data); }
-  };
-  struct Block {
-    std::unique_ptr<void, Free> data;
-    size_t bytes = 0;
-  };
-
-  Block block_;
-  static thread_local Block kept;
-};
-thread_local Scratch::Block Scratch::kept;
-
-// So that what follows in the same block is aligned.
-size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// Memory of results. Small blocks are malloc's, which keeps those that a thread frees for the next
-// call; for aligned ones, as torch's allocator wants all of them, it searches anew each time.
-class ResultAllocator final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    void* data = bytes > 0 && bytes <= kSmall ? std::malloc(bytes) : nullptr;
-    if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
-    c10::profiledCPUMemoryReporter().New(data, bytes);
-    return {data, data, release, at::kCPU};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    default_copy_data(to, from, bytes);
-  }
-
- private:
-  static constexpr size_t kSmall = 4096;
-
-  static void release(void* data) {
-    c10::profiledCPUMemoryReporter().Delete(data);
-    std::free(data);
-  }
-};
-
-// at::empty without the dispatcher.
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  static ResultAllocator allocator;
-  const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return at::Tensor(at::detail::empty_generic(sizes, &allocator, keys, dtype, std::nullopt));
 }
 
 Optional contiguous(const Optional& tensor) {
@@ -523,9 +320,6 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
 }
 
 }  // namespace
-
-Plan plan_forward(const Layer& layer) { return make_plan(layer, 1); }
-Plan plan_backward(const Layer& layer) { return make_plan(layer, 3); }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
   m.impl("rnn_layer", TORCH_FN(rnn_layer_cpu));

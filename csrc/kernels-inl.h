@@ -3,6 +3,7 @@
 #include "vec-inl.h"
 #include "activations-inl.h"
 #include "tile-inl.h"
+#include "pack-inl.h"
 #include "sequences-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
