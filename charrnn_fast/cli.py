@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -82,12 +83,14 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for a failure, 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
         options = parser().parse_args([with_hyphens(a) for a in arguments])
         if getattr(options, "threads", None):
-            import torch
+            from .charlm.options import use_threads
 
-            torch.set_num_threads(options.threads)
+            use_threads(options.threads)
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except UsageError as error:
@@ -100,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{where}{error.strerror or error}", 1)
     except TrainingDiverged as error:
         return fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        return fail("not enough memory; a smaller model or batch needs less", 1)
     except KeyboardInterrupt as interrupt:
         return fail(str(interrupt) or "interrupted", 130)
 
@@ -159,7 +166,12 @@ def parser() -> argparse.ArgumentParser:
     text("--seed", type=int, help="same seed, same text (without: another one each time)")
     text("--stop", default="", metavar="TEXT", help="end before this text")
     add_unknown_option(sample, "the prompt")
-    text("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
+    text(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write there instead of to the terminal (in byte mode: the very bytes)",
+    )
     add_run_options(sample)
 
     evaluate = add("eval", run_eval, "measure how well a model predicts a text", EVAL_EXAMPLES)
@@ -298,7 +310,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> None:
     from .charlm.checkpoint import from_pretrained
-    from .charlm.data import text_pieces
+    from .charlm.data import read_prompt
     from .charlm.sample import SampleOptions, sample, stream, write_stream
 
     options = SampleOptions(
@@ -306,12 +318,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
     )
     if arguments.length < 1 or arguments.num_samples < 1:
         raise UsageError("--length and --num-samples must be at least 1")
-    prompt = arguments.start
-    if prompt.startswith("FILE:"):
-        prompt = "".join(text_pieces(prompt.removeprefix("FILE:")))
     model, vocabulary, _ = from_pretrained(
         arguments.run, arguments.backend, arguments.device, arguments.last
     )
+    prompt = arguments.start
+    if prompt.startswith("FILE:"):
+        prompt = read_prompt(prompt.removeprefix("FILE:"), vocabulary)
     if arguments.num_samples == 1 and not arguments.output:
         pieces = stream(
             model, vocabulary, prompt, arguments.length, options,
@@ -328,10 +340,11 @@ def run_sample(arguments: argparse.Namespace) -> None:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         seed=arguments.seed, streams=arguments.num_samples, stop=arguments.stop,
         on_unknown=arguments.on_unknown,
+        errors="surrogateescape" if arguments.output else "replace",
     )  # fmt: skip
     content = ("\n" + "-" * 15 + "\n").join(prompt + text for text in texts) + "\n"
     if arguments.output:
-        Path(arguments.output).write_text(content, encoding="utf-8")
+        Path(arguments.output).write_bytes(content.encode("utf-8", "surrogateescape"))
     else:
         sys.stdout.write(content)
 

@@ -29,6 +29,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .errors import UsageError
+from .group import usable_device
 from .model import Backend, CharRNN, ModelConfig, build_model
 from .vocabulary import Vocabulary
 
@@ -249,7 +250,7 @@ def from_pretrained(
     Raises UsageError for a folder that is none, and for files that are damaged, do not fit each
     other, or come from a newer version.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), usable_device(device)
     config, vocabulary, training = read_settings(folder)
     path = folder / (LAST if last else MODEL)
     tensors, _ = read_tensors(path, "model." if last else "")

@@ -123,6 +123,14 @@ def encode_file(
         yield vocabulary.encode(text, on_unknown)
 
 
+def read_prompt(path: str | Path, vocabulary: Vocabulary) -> str:
+    """The text of a file, to continue; in byte mode any file, as ``vocabulary`` encodes it."""
+    if isinstance(vocabulary, ByteVocabulary):
+        with _open(path) as file:
+            return file.read().decode("utf-8", "surrogateescape")
+    return "".join(text_pieces(path))
+
+
 def split(ids: Ids, fraction: float) -> tuple[Ids, Ids]:
     """The first part, to train on, and the last ``fraction`` of the text, held out."""
     cut = len(ids) - int(len(ids) * fraction)

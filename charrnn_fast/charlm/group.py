@@ -9,6 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import UsageError
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of a name; UsageError where this PyTorch or this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"cannot use the device {str(name)!r}: {reason}") from None
+    return device
+
 
 class Group:
     """This process's ``rank`` among ``size`` ones, and what they do together.
@@ -19,9 +32,9 @@ class Group:
     def __init__(self, device: str) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = 0
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = usable_device(device)
         if self.size == 1:
             return
         if not dist.is_initialized():

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from . import checkpoint
 from .errors import UsageError
 from .model import Backend, Nonlinearity, RecurrentInit
+
+MAX_THREADS = 1024  # with more than the system allows, OpenMP ends the process
 
 
 def option(default: Any, help: str, *aliases: str, live: bool = False) -> Any:
@@ -61,13 +65,28 @@ class TrainOptions:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in (*whole, "threads", "grad_clip", "weight_decay", "min_lr", "sample_length"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        for name in (*whole, "grad_clip", "weight_decay", "min_lr", "sample_length"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative or infinite")
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise UsageError("--learning-rate must be positive")
         if not 0 <= self.val_fraction < 1:
             raise UsageError("--val-fraction must be in [0, 1)")
+
+
+def check_seed(seed: int) -> None:
+    """UsageError for a number that one of the random generators refuses."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"the seed must be in [0, 2^63), not {seed}")
+
+
+def use_threads(count: int) -> None:
+    """Computes with so many threads from now on; 0: with as many as before."""
+    if not 0 <= count <= MAX_THREADS:
+        raise UsageError(f"--threads must be in [0, {MAX_THREADS}], not {count}")
+    if count:
+        torch.set_num_threads(count)
 
 
 def learning_rate(options: TrainOptions, step: int, total: int) -> float:

@@ -15,6 +15,7 @@ from .data import to_tensor
 from .errors import UsageError
 from .head import Head
 from .model import CharRNN
+from .options import check_seed
 from .vocabulary import OnUnknown, Vocabulary
 
 
@@ -146,7 +147,12 @@ def stream(
     """
     options = options or SampleOptions()
     device = model.head.weight.device
-    generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed())
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()  # from the system; PyTorch's own random numbers stay as they are
+    else:
+        check_seed(seed)
+        generator.manual_seed(seed)
     ids = vocabulary.encode(prompt, on_unknown)
     prefix = to_tensor(ids, device) if len(ids) else torch.tensor([start_token(vocabulary)])
     prefix = prefix.to(device)
@@ -181,17 +187,20 @@ def sample(
     streams: int = 1,
     stop: str = "",
     on_unknown: OnUnknown = "error",
+    errors: str = "replace",
 ) -> list[str]:
     """``streams`` continuations of ``prompt``, ``length`` characters each, without the prompt.
 
-    A text ends just before ``stop`` where that is given and occurs. Same seed, same texts, for both
-    backends: their scores differ by rounding, which changes about two draws in a million (measured:
-    12 of 6.7 million with the default model on its own corpus, none of 1.1 million greedy ones),
+    A text ends just before ``stop`` where that is given and occurs. In byte mode ``errors`` is that
+    of ``bytes.decode``: ``surrogateescape`` keeps bytes that are no UTF-8.
+
+    Same seed, same texts, for both backends: their scores differ by rounding, which changes about two
+    draws in a million (measured: 12 of 6.7 million with the default model on its own corpus, none of 1.1 million greedy ones),
     and with the first of them all that follows.
     """
     options = SampleOptions(temperature, top_k, top_p)
     texts = [""] * streams
-    decoders = [vocabulary.decoder() for _ in texts]
+    decoders = [vocabulary.decoder(errors) for _ in texts]
     for ids in stream(
         model,
         vocabulary,
@@ -206,6 +215,7 @@ def sample(
         texts = [t + d(c) for t, d, c in zip(texts, decoders, columns, strict=True)]
         if stop and all(stop in text for text in texts):
             break
+    texts = [t + d([], final=True) for t, d in zip(texts, decoders, strict=True)]
     return [text.split(stop)[0] if stop else text for text in texts]
 
 
@@ -224,5 +234,6 @@ def write_stream(pieces: Iterator[Tensor], vocabulary: Vocabulary, stop: str = "
         shown = sure
         if end >= 0:
             return text
+    text += decoder([], final=True)
     sys.stdout.write(text[shown:])
     return text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint
 from .errors import UsageError
@@ -52,6 +53,24 @@ def save_state(trainer: Trainer) -> None:
     checkpoint.write_tensors(trainer.folder / checkpoint.LAST, tensors, about)
 
 
+def check_layout(trainer: Trainer, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """UsageError for a training state that has other parts than ``save_state`` writes: a damaged
+    file loses bytes, but only another version of this package has other names."""
+    progress = about.get("progress")
+    expected = {"window", "random", *(f"optimizer.{name}" for name in trainer.optimizer.state())}
+    missing = expected - tensors.keys()
+    if isinstance(progress, dict):
+        missing |= {field.name for field in fields(Progress)} ^ progress.keys()
+        if progress.get("step") and not trainer.options.lines:
+            missing |= {"state"} - tensors.keys()
+    if missing:
+        raise UsageError(
+            f"{trainer.folder / checkpoint.LAST} was written by another version of charrnn_fast, "
+            f"whose training state has another layout (see {min(missing)}): this version uses its "
+            "weights, but cannot resume the run"
+        )
+
+
 def restore_state(trainer: Trainer) -> None:
     """Reads it again, if any was written. UsageError for a file that is damaged or does not fit."""
     path = trainer.folder / checkpoint.LAST
@@ -64,6 +83,7 @@ def restore_state(trainer: Trainer) -> None:
         )
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     checkpoint.check_weights(trainer.config, weights, path)
+    check_layout(trainer, tensors, about)
     trainer.model.load_state_dict(weights)
     group, device = trainer.group, trainer.device
     try:
@@ -93,7 +113,8 @@ def restore_state(trainer: Trainer) -> None:
         raise UsageError(f"{path} is damaged: step {progress.step!r}")
     if progress.step >= trainer.total_steps:
         raise UsageError(
-            f"{trainer.folder} is finished at step {progress.step}; give more --max-epochs to go on"
+            f"{trainer.folder} is finished at step {progress.step}; to go on, give more "
+            + ("--max-iters" if trainer.options.max_iters else "--max-epochs")
         )
     progress.finished = False  # it had stopped early, perhaps
     trainer.progress = progress

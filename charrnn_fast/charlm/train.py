@@ -8,6 +8,7 @@ weights, bit for bit, with any number of threads.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ from .group import Group
 from .metrics import WriteRow, metrics_writer, trim_metrics
 from .model import ModelConfig, bits, build_model
 from .optimizer import AdamW
-from .options import TrainOptions, learning_rate, resumed_options
+from .options import TrainOptions, learning_rate, resumed_options, use_threads
 from .sample import sample
 from .state import Progress, restore_state, save_state
 
@@ -59,8 +60,7 @@ class Trainer:
         self.group = Group(options.device)
         self.device = self.group.device
         self.say = say if say and self.group.rank == 0 else (lambda line: None)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        use_threads(options.threads)
 
         corpus = load_corpus(options.text, options.bytes)
         self.vocabulary = corpus.vocabulary
@@ -108,6 +108,8 @@ class Trainer:
                     checkpoint.write_atomic(self.folder / checkpoint.METRICS, b"")
                 # Of a resumed run as well: the next resumption goes on with what has changed now.
                 settings = {**asdict(options), "text_sha256": self.text_hash}
+                if options.text is not None:  # wherever one stands when the run goes on
+                    settings["text"] = os.path.abspath(options.text)
                 checkpoint.save_settings(self.folder, self.config, self.vocabulary, settings)
 
     def _lock(self) -> AbstractContextManager[None]:

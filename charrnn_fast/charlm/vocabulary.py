@@ -116,9 +116,9 @@ class Vocabulary:
             raise IndexError(f"ids must lie in [0, {len(self)})")
         return self._codes[flat].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
-    def decoder(self) -> Decoder:
-        """Decodes a stream of ids piece by piece."""
-        return Decoder(self)
+    def decoder(self, errors: str = "replace") -> Decoder:
+        """Decodes a stream of ids piece by piece; ``errors`` as of ``bytes.decode``, for bytes."""
+        return Decoder(self, errors)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "characters": self.characters}
@@ -162,10 +162,10 @@ class Decoder:
     In byte mode a character may be split between two pieces; it appears with the second.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, errors: str = "replace") -> None:
         self._vocabulary = vocabulary
         self._utf8 = (
-            codecs.getincrementaldecoder("utf-8")("replace")
+            codecs.getincrementaldecoder("utf-8")(errors)
             if isinstance(vocabulary, ByteVocabulary)
             else None
         )

@@ -164,6 +164,9 @@ def test_unknown_character_of_a_prompt(capsys, folder):
         ["sample", "{}", "--top-p", "2"],
         ["sample", "{}", "--length", "0"],
         ["sample", "{}", "--start", "FILE:nowhere"],
+        ["sample", "{}", "--threads", "-1"],
+        ["sample", "{}", "--seed", "99999999999999999999"],
+        ["sample", "{}", "--device", "gpu"],
         ["train", "--backend", "jax"],
         ["train", "--batch-size", "0"],
         ["train", "--config", "nowhere.toml"],
@@ -325,3 +328,38 @@ def test_demo(tmp_path, capsys):
     for word in ("bits/character", "characters/s", "times torch.nn.RNN", "losses agree"):
         assert word in shown
     assert main(["sample", str(tmp_path / "fast"), "--length", "10"]) == 0
+
+
+def test_too_little_memory(capsys, text, tmp_path):
+    """One line, not a trace of the call that failed."""
+    arguments = ["train", str(text), "--out-dir", str(tmp_path / "run")]
+    assert main([*arguments, "--hidden-size", "10000000"]) == 1
+    assert capsys.readouterr().err.startswith("charrnn-fast: not enough memory; a smaller model")
+
+
+def test_terminal_that_lacks_a_character(text, tmp_path, monkeypatch):
+    """It shows a question mark in its place."""
+    text.write_text("é" * 3000)
+    folder = str(tmp_path / "run")
+    assert main(["train", str(text), "--out-dir", folder, *SMALL]) == 0
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("sample", folder, "--start", "éé", "--length", "5")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?" * 7 + "\n", "")
+
+
+def test_bytes_of_any_file(capsys, tmp_path):
+    """A prompt of any bytes, and a file of the very bytes that were drawn."""
+    binary, prompt, output = (tmp_path / name for name in ("binary", "prompt", "output"))
+    binary.write_bytes(bytes(range(256)) * 8)
+    prompt.write_bytes(b"\xff\xfe")
+    folder = str(tmp_path / "run")
+    assert main(["train", str(binary), "--bytes", "--out-dir", folder, *SMALL]) == 0
+    sample = ["sample", folder, "--start", f"FILE:{prompt}", "--length", "600", "--seed", "1"]
+    assert main([*sample, "-o", str(output)]) == 0
+    content = output.read_bytes()
+    assert content.startswith(b"\xff\xfe")
+    assert len(content) == 2 + 600 + 1
+    assert len(set(content)) > 200
+    capsys.readouterr()
+    assert main(sample) == 0
+    assert capsys.readouterr().out[2:] == content.decode(errors="replace")[2:]

@@ -260,3 +260,35 @@ def test_model_keeps_its_mode():
     model = model_of("torch").train()
     sample(model, VOCABULARY, "a", 3)
     assert model.training
+
+
+def test_bytes_stay_what_they_are_where_asked_for():
+    """Also those that are no UTF-8, and one that begins a character at the end of a text."""
+    model, vocabulary = build_model(ModelConfig(256, 8, 1), "torch", seed=1), ByteVocabulary()
+    ids = torch.cat(list(stream(model, vocabulary, "a", 300, seed=1)))[:, 0]
+    for length in range(1, 300, 7):
+        expected = bytes(ids[:length].tolist())
+        (text,) = sample(model, vocabulary, "a", length, seed=1, errors="surrogateescape")
+        assert text.encode("utf-8", "surrogateescape") == expected
+        assert sample(model, vocabulary, "a", length, seed=1) == [expected.decode(errors="replace")]
+
+
+def test_the_end_of_a_stream_of_bytes(capsys):
+    """A character that is cut off by the end appears as one that is damaged."""
+    assert write_stream(iter([torch.tensor([[97], [0xC3]])]), ByteVocabulary()) == "a\ufffd"
+    assert capsys.readouterr().out == "a\ufffd"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_no_generator_takes(seed):
+    with pytest.raises(UsageError, match="the seed must be in"):
+        sample(model_of("torch"), VOCABULARY, "a", 3, seed=seed)
+
+
+def test_random_numbers_of_others_stay_the_same():
+    """With a seed and without, drawing leaves PyTorch's own generator alone."""
+    model = model_of("torch")
+    before = torch.get_rng_state()
+    for seed in (1, None):
+        sample(model, VOCABULARY, "a", 3, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -16,9 +16,18 @@ import pytest
 import torch
 from torch import nn
 
-from charrnn_fast.charlm import Trainer, TrainingDiverged, UsageError, evaluate, sample, train
+from charrnn_fast.charlm import (
+    Trainer,
+    TrainingDiverged,
+    UsageError,
+    evaluate,
+    from_pretrained,
+    sample,
+    train,
+)
 from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
 from charrnn_fast.charlm.evaluate import evaluate_stream
+from charrnn_fast.charlm.group import Group
 from charrnn_fast.charlm.options import learning_rate, resumed_options
 
 TIMES = ("seconds", "chars_per_second")
@@ -230,8 +239,10 @@ def test_interrupt_saves_and_resumes(options, number):
 
 def test_only_some_options_change_on_resume(options, trained):
     folder = str(trained.folder)
-    with pytest.raises(UsageError, match="finished"):
+    with pytest.raises(UsageError, match="finished.* give more --max-epochs"):
         train(out_dir=folder, resume=True, say=None)
+    with pytest.raises(UsageError, match="finished.* give more --max-iters"):
+        train(out_dir=folder, resume=True, max_iters=3, say=None)
     with pytest.raises(UsageError, match="--hidden-size cannot change"):
         train(out_dir=folder, resume=True, hidden_size=8, say=None)
     longer = train(out_dir=folder, resume=True, max_epochs=3, backend="torch", say=None)
@@ -315,11 +326,10 @@ def test_a_step_that_ruins_the_weights_is_not_saved(options, rate):
     ("name", "value", "message"),
     [
         ("optimizer.head.bias.exp_avg", torch.zeros(3), "state of head.bias"),
-        ("optimizer.head.bias.exp_avg", None, "exp_avg"),
         ("model.head.bias", torch.zeros(3), "head.bias"),
         ("random", torch.zeros(1, 5, dtype=torch.uint8), "damaged"),
         ("state", torch.zeros(2, 8, 3), "carried state"),
-        ("window", None, "window"),
+        ("window", torch.zeros(1, 2), "damaged"),
     ],
 )
 def test_damaged_training_state(options, trained, name, value, message):
@@ -334,13 +344,43 @@ def test_damaged_training_state(options, trained, name, value, message):
         train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)
 
 
-@pytest.mark.parametrize("progress", [None, {"pace": 1}, {"step": -1}, {"step": 1.5}])
+@pytest.mark.parametrize("progress", [None, {"step": -1}, {"step": 1.5}])
 def test_damaged_counters(options, trained, progress):
     path = Path(options.out_dir) / "last.safetensors"
     tensors, about = read_tensors(path)
+    progress = progress and about["progress"] | progress
     write_tensors(path, tensors, about | {"progress": progress})
     with pytest.raises(UsageError, match=r"last.safetensors is damaged"):
         train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)
+
+
+def one_count_a_weight(tensors, about):
+    """As it was when the optimizer was torch.optim.AdamW."""
+    steps = tensors.pop("optimizer.step")
+    for name in [n for n in tensors if n.endswith(".exp_avg")]:
+        tensors[name.replace("exp_avg", "step")] = steps.clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (one_count_a_weight, "optimizer.step"),
+        (lambda tensors, about: tensors.pop("window"), "window"),
+        (lambda tensors, about: tensors.pop("state"), "state"),
+        (lambda tensors, about: about["progress"].pop("stale"), "stale"),
+        (lambda tensors, about: about["progress"].update(pace=1), "pace"),
+    ],
+)
+def test_training_state_of_another_version(options, trained, change, name):
+    """One sentence that says so, not that the file is damaged; its weights can be used."""
+    path = Path(options.out_dir) / "last.safetensors"
+    tensors, about = read_tensors(path)
+    change(tensors, about)
+    write_tensors(path, tensors, about)
+    expected = rf"last.safetensors was written by another version .*\(see {name}\).*cannot resume"
+    with pytest.raises(UsageError, match=expected):
+        train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)
+    from_pretrained(options.out_dir, last=True)
 
 
 def test_early_stopping(options):
@@ -404,6 +444,8 @@ def test_short_text_is_an_error(options, text):
         ("learning_rate", math.nan),
         ("val_fraction", 1.0),
         ("patience", -1),
+        ("min_lr", math.inf),
+        ("weight_decay", math.nan),
     ],
 )
 def test_options_that_make_no_sense(options, name, value):
@@ -519,3 +561,42 @@ def test_two_processes_train_like_one(options):
         assert a == pytest.approx(b, rel=1e-3)
     longer = train(out_dir=options.out_dir, resume=True, max_epochs=3, say=None)  # by one
     assert longer.progress.step == 3 * len(longer.batches)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_no_generator_takes(options, seed):
+    with pytest.raises(UsageError, match=rf"seed must be in .*, not {seed}"):
+        replace(options, seed=seed)
+
+
+@pytest.mark.parametrize("threads", [-1, 100_000])
+def test_threads_that_there_are_not(options, threads):
+    with pytest.raises(UsageError, match=rf"--threads must be in .*, not {threads}"):
+        train(options, threads=threads, say=None)
+    assert not Path(options.out_dir).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_devices_that_there_are_not(options, device):
+    with pytest.raises(UsageError, match=f"cannot use the device '{device}': "):
+        train(options, device=device, say=None)
+    assert not Path(options.out_dir).exists()
+
+
+def test_device_of_a_process(monkeypatch):
+    """The one that is named; under torchrun each process has its own."""
+    monkeypatch.setattr("charrnn_fast.charlm.group.usable_device", torch.device)
+    assert Group("cuda:1").device == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Group("cuda").device == torch.device("cuda:3")
+    assert Group("cpu").device == torch.device("cpu")
+
+
+def test_run_goes_on_from_anywhere(options, text, tmp_path, monkeypatch):
+    """A text that was named from one folder is found from another one."""
+    monkeypatch.chdir(text.parent)
+    train(options, text=text.name, max_epochs=1, say=None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(out_dir=options.out_dir, resume=True, max_epochs=2, say=None).progress.finished
