@@ -194,9 +194,9 @@ def sample(
     A text ends just before ``stop`` where that is given and occurs. In byte mode ``errors`` is that
     of ``bytes.decode``: ``surrogateescape`` keeps bytes that are no UTF-8.
 
-    Same seed, same texts, for both backends: their scores differ by rounding, which changes about two
-    draws in a million (measured: 12 of 6.7 million with the default model on its own corpus, none of 1.1 million greedy ones),
-    and with the first of them all that follows.
+    Same seed, same texts, for both backends: their scores differ by rounding, which changes about
+    two draws in a million (measured: 12 of 6.7 million with the default model on its own corpus,
+    none of 1.1 million greedy ones), and with the first of them all that follows.
     """
     options = SampleOptions(temperature, top_k, top_p)
     texts = [""] * streams
