@@ -165,7 +165,8 @@ fuzz: $(BUILT)
 # Mixed calls, refused ones among them, for MINUTES: memory stays flat.
 MINUTES ?= 10
 soak: $(BUILT)
-	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz/soak.py $(MINUTES) $(SEED)
+	OMP_NUM_THREADS=2 PYTHONMALLOC=malloc MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 \
+	  MALLOC_MMAP_THRESHOLD_=131072 $(BIN)/python tests/fuzz/soak.py $(MINUTES) $(SEED)
 
 # What one would upload: a source and a binary distribution, checked.
 dist: $(BUILT)
