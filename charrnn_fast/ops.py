@@ -92,6 +92,33 @@ def rnn_layer(
     return y, h_n
 
 
+def linear_backward(gradient: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a linear layer's input and weight, in one call.
+
+    Args:
+        gradient: ``(N, V)``, of the layer's output.
+        input: ``(N, H)``.
+        weight: ``(V, H)``.
+
+    A linear layer is the first step of a relu layer where its output is positive.
+    """
+    V = len(weight)
+    dx, _, dW, _ = torch.ops.charrnn_fast.rnn_layer_backward.default(
+        gradient[None],
+        None,
+        input[None],
+        None,
+        [weight, weight.new_zeros(V, V)],
+        torch.ones_like(gradient)[None],
+        None,
+        None,
+        MODES["relu"],
+        False,
+        [True, False, True, False],
+    )
+    return dx[0], dW
+
+
 def generate(
     tokens: Tensor,
     state: Tensor | None,

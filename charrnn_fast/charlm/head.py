@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from charrnn_fast import ops
+
 ALONE = 2**15  # multiplications that no library divides among threads
 MANY = 2**20  # multiplications from which oneDNN, whose calls cost more, is the faster library
 PIECE = 256  # terms of a sum that oneDNN adds one after the other; the sums of pieces err less
@@ -17,17 +19,20 @@ class Head(nn.Linear):
     """A linear layer over ``[T, B, H]``.
 
     A large product of MKL is cut among the threads at places where its sums run in another order.
-    Those of oneDNN are not, and they use all of the instructions of an AMD CPU.
+    Those of oneDNN and of our kernels are not, and they use all of the instructions of an AMD CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        size = input.numel() * self.out_features
-        if size <= ALONE:
+        if input.numel() * self.out_features <= ALONE:
             return super().forward(input)
-        if size >= MANY and ONEDNN and is_plain(input) and is_plain(self.weight):
+        if is_plain(input) and is_plain(self.weight):
             return cast(Tensor, Linear.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]
-        # A product for each time step: it goes to one thread as it is.
-        return torch.baddbmm(self.bias, input, self.weight.t().expand(len(input), -1, -1))
+        return stepwise(input, self.weight, self.bias)
+
+
+def stepwise(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A product for each time step: it goes to one thread as it is."""
+    return torch.baddbmm(bias, input, weight.t().expand(len(input), -1, -1))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -35,10 +40,15 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 class Linear(torch.autograd.Function):
-    """``F.linear`` over ``[T, B, H]``, with float32 products of oneDNN."""
+    """``F.linear`` over ``[T, B, H]`` in float32: oneDNN forward where it is worth its call, and
+    one call of our kernels backward."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if input.numel() * len(weight) < MANY or not ONEDNN:
+            return stepwise(input, weight, bias)
         return product(input.flatten(0, 1), weight, bias).view(*input.shape[:2], -1)
 
     @staticmethod
@@ -51,11 +61,11 @@ class Linear(torch.autograd.Function):
         x, delta = input.flatten(0, 1), gradient.flatten(0, 1)
         if torch.is_grad_enabled():  # second derivatives are wanted: products that have them
             return (delta @ weight).view_as(input), delta.t() @ x, delta.sum(0)
-        dx = product(delta, weight.t()).view_as(input)
-        return dx, product(delta.t(), x.t()), delta.sum(0)
+        dx, dW = ops.linear_backward(delta, x, weight)
+        return dx.view_as(input), dW, delta.sum(0)
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """``[M, K]`` times the transpose of ``[N, K]``, by oneDNN. No gradient flows through it."""
     parts = zip(torch.split(a, PIECE, 1), torch.split(b, PIECE, 1), strict=True)
     total = multiply(*next(parts), bias)
@@ -65,6 +75,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    # Some of the columns of a row-major matrix oneDNN would multiply a hundred times slower.
-    a, b = (m if m.stride(0) == 1 else m.contiguous() for m in (a, b))
+    # Some of the columns of a matrix oneDNN would multiply a hundred times slower.
+    a, b = a.contiguous(), b.contiguous()
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], ""))
