@@ -116,7 +116,7 @@ def test_backward_is_one_call_of_our_kernels(shape):
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_gradients_of_each_sample(shape, monkeypatch):
     """vmap over samples: those of one after the other."""
-    monkeypatch.setattr(head, "ONEDNN", False)  # for its products vmap warns that it goes one by one
+    monkeypatch.setattr(head, "ONEDNN", False)  # vmap takes its products one by one
     layer, input, _ = problem(shape)
     inputs = torch.stack([input.detach(), 2 * input.detach()])
     weights = dict(layer.named_parameters())
