@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from charrnn_fast import ops
-from charrnn_fast.tracing import fx_call, is_foreign
+from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -52,7 +52,7 @@ class RNNCell(nn.RNNCell):
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:
             weights += [self.bias_ih, self.bias_hh]
-        tokens = input.dtype == torch.int64
+        tokens = input.dim() < 2 and input.dtype == torch.int64
         stock = not tokens and self.nonlinearity in ("tanh", "relu")
         if self.nonlinearity not in ops.MODES:
             return super().forward(input, hx)  # raises
@@ -60,6 +60,8 @@ class RNNCell(nn.RNNCell):
         if stock and (
             (self.bias_ih is None) != (self.bias_hh is None)
             or dim not in (1, 2)
+            or not is_dense(input)
+            or self._has_odd_weights(weights)
             or input.shape[-1] != self.weight_ih.shape[1]
             or input.dtype != self.weight_ih.dtype
             or (hx is not None and _is_odd_state(input, hx, self.hidden_size))
@@ -77,7 +79,14 @@ class RNNCell(nn.RNNCell):
             hx = hx.unsqueeze(0) if batched else hx.unsqueeze(0).unsqueeze(0)
         mode = ops.MODES[self.nonlinearity]
         y, _ = ops.rnn_layer(step, hx, weights, None, None, mode, len(weights) == 4)
-        return y.squeeze(0) if batched else y.squeeze(0).squeeze(0)
+        state = ops.first_step(y)
+        return state if batched else state.squeeze(0)
+
+    def _has_odd_weights(self, weights: list[Tensor]) -> bool:
+        """Whether nn.RNNCell would have to broadcast a bias, or to complain."""
+        H = self.hidden_size
+        expected = [(H, self.input_size), (H, H), (H,), (H,)]
+        return any(a.shape != b for a, b in zip(weights, expected, strict=False))
 
 
 def _is_odd_state(input: Tensor, hx: Tensor, hidden_size: int) -> bool:

@@ -119,6 +119,20 @@ def linear_backward(gradient: Tensor, input: Tensor, weight: Tensor) -> tuple[Te
     return dx[0], dW
 
 
+def batch_first(output: Tensor) -> Tensor:
+    """``(B, T, H)`` of a result ``(T, B, H)``; no view of it where that can be had."""
+    if type(output) is Tensor and not torch.compiler.is_compiling():
+        return _C.batch_first(output)
+    return output.transpose(0, 1)
+
+
+def first_step(output: Tensor) -> Tensor:
+    """``(B, H)`` of a result ``(1, B, H)``; no view of it where that can be had."""
+    if type(output) is Tensor and not torch.compiler.is_compiling():
+        return _C.first_step(output)
+    return output.squeeze(0)
+
+
 def generate(
     tokens: Tensor,
     state: Tensor | None,
@@ -187,9 +201,13 @@ def generates(weight: Tensor) -> bool:
 _check: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
 
 
-def _check_devices(*tensors: Tensor | None) -> None:
-    """Refuses calls that reach the fake because one tensor of several is on meta."""
+def _check_devices(*tensors: Tensor | None, on_cpu: Sequence[Tensor | None] = ()) -> None:
+    """Refuses calls that reach the fake because one tensor of several is on meta.
+
+    Those of ``on_cpu`` may be on the CPU wherever the others are.
+    """
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    devices |= {tensor.device.type for tensor in on_cpu if tensor is not None} - {"cpu"}
     if "meta" in devices and len(devices) > 1:
         raise RuntimeError(f"RNN: Expected all tensors to be on the same device, got {devices}")
 
@@ -203,7 +221,7 @@ def _rnn_layer_fake(
     mode: str,
     has_biases: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(input, hx, *weights, batch_sizes, lengths)
+    _check_devices(input, hx, *weights, on_cpu=(batch_sizes, lengths))
     directions = len(weights) // (4 if has_biases else 2)
     hidden_size = weights[1].shape[0]
     tokens = input.dtype == torch.int64
@@ -250,7 +268,7 @@ def _rnn_layer_backward_fake(
     has_biases: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    _check_devices(dy, dh_n, input, hx, *weights, y, batch_sizes, lengths)
+    _check_devices(dy, dh_n, input, hx, *weights, y, on_cpu=(batch_sizes, lengths))
     grads = []
     for tensor, needed in zip([input, hx, *weights], needs, strict=True):
         if not needed:
@@ -330,11 +348,11 @@ def _rnn_layer_backward_flops(
     **_: Any,
 ) -> int:
     per_direction = 4 if has_biases else 2
-    # The step before the first is hx's own.
-    B = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    last = 0 if needs[1] else 2 * B * weights[0].shape[0] ** 2
     flops = 0
     for first in range(0, len(weights), per_direction):
+        # The step before the first is hx's own; in reverse, that one runs the longest sequences.
+        B = y.shape[1] if batch_sizes is None else int(batch_sizes[-1 if first else 0])
+        last = 0 if needs[1] else 2 * B * weights[0].shape[0] ** 2
         own = weights[first : first + per_direction]
         projection, recurrence = _products(input, own, has_biases)
         flops += projection * (needs[0] + needs[2 + first])

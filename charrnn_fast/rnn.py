@@ -8,7 +8,7 @@ from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
 from charrnn_fast import ops
-from charrnn_fast.tracing import fx_call, is_foreign
+from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -152,13 +152,19 @@ class RNN(nn.RNN):
         packed = isinstance(input, PackedSequence)
         data: Tensor = input.data if isinstance(input, PackedSequence) else input
         # Integers of more dimensions are no ids: nn.RNN's checks complain of them.
-        tokens = data.dtype == torch.int64 and data.dim() < (2 if packed else 3)
+        tokens = data.dim() < (2 if packed else 3) and data.dtype == torch.int64
         if not _is_compiling():
             stock = lengths is None and self.mode != "RNN_SIGMOID" and not tokens
             unusable = not all(isinstance(weight, Tensor) for weight in weights)  # raises
             # The older ONNX exporter knows nn.RNN's op, and not ours.
             to_onnx = torch.onnx.is_in_onnx_export()
-            if stock and (unusable or to_onnx or is_foreign(data, hx, weights)):
+            if stock and (
+                unusable
+                or to_onnx
+                or is_foreign(data, hx, weights)
+                or not is_dense(data)
+                or self._has_odd_biases(weights)
+            ):
                 return super().forward(input, hx)
 
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -195,6 +201,8 @@ class RNN(nn.RNN):
         self._check(data, hx, batch_sizes, tokens, weights)
 
         major = data.transpose(0, 1) if self.batch_first and not packed else data
+        if not _is_compiling():
+            major = major.contiguous()  # see csrc/module.cpp
         output, h_n = ops.rnn(
             major,
             hx,
@@ -213,7 +221,7 @@ class RNN(nn.RNN):
             packed_output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed_output, self.permute_hidden(h_n, unsorted_indices)
         if self.batch_first:
-            output = output.transpose(0, 1)
+            output = ops.batch_first(output)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             h_n = h_n.squeeze(1)
@@ -226,6 +234,14 @@ class RNN(nn.RNN):
             return [getattr(self, name) for name in self._flat_weights_names]
         self._update_flat_weights()
         return self._flat_weights  # type: ignore[return-value]
+
+    def _has_odd_biases(self, weights: list[Tensor]) -> bool:
+        """Whether nn.RNN would have to broadcast a bias, which the kernels do not."""
+        return self.bias and any(
+            bias.shape != (self.hidden_size,)
+            for first in range(2, len(weights), 4)
+            for bias in weights[first : first + 2]
+        )
 
     def _check(
         self,

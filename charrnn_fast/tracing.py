@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._C import _disabled_torch_function_impl
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -16,11 +17,18 @@ def is_foreign(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> b
     return any(_overrides(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in tensors)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie where its strides say."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _overrides(tensor: Tensor) -> bool:
     """Whether its class has a __torch_function__. Unlike has_torch_function, whatever the modes:
     ``torch.set_default_device`` is one, and changes nothing here."""
     kind = type(tensor)
-    return kind is not Tensor and kind.__torch_function__ is not _disabled_torch_function_impl
+    if kind is Tensor or not issubclass(kind, Tensor):  # nn.RNN's checks complain of the latter
+        return False
+    return kind.__torch_function__ is not _disabled_torch_function_impl
 
 
 def fx_call(module: nn.Module, *args: Any) -> Any:

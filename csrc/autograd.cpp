@@ -66,20 +66,20 @@ class Version {
   uint32_t expected_ = 0;
 };
 
-// A weight. Where backward reads its value, a change before it must be an error; nn.RNN allows
-// changes of the others (the biases, and W_ih where the input needs no gradient), so those are kept
-// as they are.
-struct SavedWeight {
+// An operand. Where backward reads its value, a change before it must be an error; nn.RNN allows
+// changes of the others (the biases, for one), so those are kept as they are.
+struct SavedOperand {
   SavedVariable saved;
   Tensor kept;
   Version version;
 
-  SavedWeight(const Tensor& weight, bool read) {
+  SavedOperand() = default;
+  SavedOperand(const Tensor& operand, bool read) {
     if (read) {
-      saved = SavedVariable(weight, false);
+      saved = SavedVariable(operand, false);
     } else {
-      kept = weight;
-      version = Version(weight);
+      kept = operand;
+      version = Version(operand);
     }
   }
   Tensor unpack() const { return kept.defined() ? kept : saved.unpack(); }
@@ -95,9 +95,9 @@ struct RnnLayerBackward : public Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    input.reset_data();
-    hx.reset_data();
-    for (SavedWeight& weight : weights) weight.reset();
+    input.reset();
+    hx.reset();
+    for (SavedOperand& weight : weights) weight.reset();
     y.reset_data();
     released = true;
   }
@@ -112,15 +112,15 @@ struct RnnLayerBackward : public Node {
     const Optional h0 = has_hx ? Optional(hx.unpack()) : std::nullopt;
     std::vector<Tensor> params;
     params.reserve(weights.size());
-    bool weights_unchanged = true;
-    for (const SavedWeight& weight : weights) {
+    bool operands_unchanged = input.unchanged() && hx.unchanged();
+    for (const SavedOperand& weight : weights) {
       params.push_back(weight.unpack());
-      weights_unchanged = weights_unchanged && weight.unchanged();
+      operands_unchanged = operands_unchanged && weight.unchanged();
     }
     const Optional sizes = defined_or_none(batch_sizes), ragged = defined_or_none(lengths);
     // nn.RNN saves a private copy of each step, so its output may be changed in place. We save the
     // output itself; when it has been changed, it is computed once more, to the same bits.
-    const bool again = !y_version.unchanged() && weights_unchanged;
+    const bool again = !y_version.unchanged() && operands_unchanged;
     const Tensor states =
         again ? std::get<0>(layer_op().call(x, h0, params, sizes, ragged, mode, has_biases))
               : y.unpack(getptr());
@@ -137,9 +137,10 @@ struct RnnLayerBackward : public Node {
     return result;
   }
 
-  SavedVariable input, hx, y;
+  SavedOperand input, hx;
+  std::vector<SavedOperand> weights;
+  SavedVariable y;
   Version y_version;
-  std::vector<SavedWeight> weights;
   Tensor batch_sizes, lengths;
   std::string mode;
   bool has_biases = false;
@@ -179,14 +180,24 @@ Pair layer_autograd(c10::DispatchKeySet keys, const Tensor& input, const Optiona
   for (const Tensor& weight : weights) add_edge(weight);
   node->set_next_edges(std::move(edges));
 
-  node->input = SavedVariable(input, false);
-  node->has_hx = hx.has_value();
-  if (hx.has_value()) node->hx = SavedVariable(*hx, false);
   const size_t per_direction = has_biases ? 4 : 2;
+  const auto any_trained = [&](size_t kind) {
+    for (size_t i = kind; i < weights.size(); i += per_direction) {
+      if (weights[i].requires_grad()) return true;
+    }
+    return false;
+  };
+  const c10::SymInt T = batch_sizes.has_value() ? batch_sizes->sym_numel() : input.sym_size(0);
+  const bool many_steps = T.maybe_as_int() != 1;
+  const bool reads_W_ih = input.requires_grad();
+  const bool reads_W_hh = many_steps || (hx.has_value() && hx->requires_grad());
+  node->input = SavedOperand(input, any_trained(0));
+  node->has_hx = hx.has_value();
+  if (hx.has_value()) node->hx = SavedOperand(*hx, any_trained(1));
   node->weights.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const size_t kind = i % per_direction;
-    node->weights.emplace_back(weights[i], kind == 1 || (kind == 0 && input.requires_grad()));
+    node->weights.emplace_back(weights[i], (kind == 0 && reads_W_ih) || (kind == 1 && reads_W_hh));
   }
   node->has_biases = has_biases;
   node->batch_sizes = batch_sizes.value_or(Tensor());

@@ -41,7 +41,7 @@ void check_batch_sizes(const at::Tensor& batch_sizes, Layer* layer) {
   const at::Tensor sizes = batch_sizes.contiguous();
   const int64_t* size = sizes.const_data_ptr<int64_t>();
   layer->T = sizes.numel();
-  TORCH_CHECK(layer->T > 0, "Expected batch_sizes with at least one step, got none");
+  TORCH_CHECK_INDEX(layer->T > 0, "Expected batch_sizes with at least one step, got none");
   layer->B = size[0];
   int64_t rows = 0;
   for (int64_t t = 0; t < layer->T; ++t) {
@@ -93,9 +93,6 @@ Layer check_layer(const at::Tensor& input, const Optional& hx, at::TensorList we
     TORCH_CHECK(input.device() == weights[0].device(), "RNN input is on ", input.device(),
                 " but weight_ih is on ", weights[0].device());
   } else {
-    TORCH_CHECK_VALUE(input.scalar_type() == weights[0].scalar_type(), "RNN input dtype (",
-                      input.scalar_type(), ") does not match weight dtype (",
-                      weights[0].scalar_type(), ")");
     check_same_kind(input, "input", weights[0]);
     TORCH_CHECK(input.size(-1) == layer.I, "input.size(-1) must be equal to input_size. Expected ",
                 layer.I, ", got ", input.size(-1));

@@ -1,5 +1,6 @@
 // charrnn_fast._C: what is no tensor op, and the short way from a module's forward into the ops.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -120,6 +121,30 @@ bool tensor_or_none(PyObject* object, Optional* result) {
 
 PyObject* none() { Py_RETURN_NONE; }
 
+// Whether the kernels may see it as it is; the long way knows what nn.RNN makes of others.
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_nested();
+}
+
+// The results of nn.RNN and nn.RNNCell are no views: they may be detached in place, and changed in
+// place outside of the no_grad in which they were made. So ours get their shape in place. That
+// changes no data, and must not change the version by which backward notices changes.
+template <typename Reshape, typename InPlace>
+at::Tensor reshaped(const at::Tensor& result, const Reshape& reshape, const InPlace& in_place) {
+  if (at::isTensorSubclassLike(result) || torch::jit::tracer::isTracing()) return reshape();
+  c10::impl::ExcludeDispatchKeyGuard same_version(c10::DispatchKey::ADInplaceOrView);
+  return in_place();
+}
+
+at::Tensor batch_first(const at::Tensor& output) {
+  return reshaped(
+      output, [&] { return output.transpose(0, 1); }, [&] { return output.transpose_(0, 1); });
+}
+
+at::Tensor first_step(const at::Tensor& output) {
+  return reshaped(output, [&] { return output.squeeze(0); }, [&] { return output.squeeze_(0); });
+}
+
 // (output, h_n) of the module with this __dict__, or None when the call is anything but plain: then
 // the caller takes the long way, whose checks are nn.RNN's own. At T=B=H=1 it is most of the time.
 PyObject* forward_or_none(PyObject* dict, PyObject* input_, PyObject* hx_, PyObject* lengths_) {
@@ -138,7 +163,7 @@ PyObject* forward_or_none(PyObject* dict, PyObject* input_, PyObject* hx_, PyObj
   const double dropout = module.number(name.dropout);
   const bool training = module.flag(name.training);
   const bool bidirectional = module.flag(name.bidirectional);
-  const bool batch_first = module.flag(name.batch_first);
+  const bool is_batch_first = module.flag(name.batch_first);
   const int64_t input_size = module.integer(name.input_size);
   const int64_t hidden_size = module.integer(name.hidden_size);
   if (module.failed || !PyList_CheckExact(weight_names) || !PyList_CheckExact(flat_weights) ||
@@ -161,26 +186,34 @@ PyObject* forward_or_none(PyObject* dict, PyObject* input_, PyObject* hx_, PyObj
   }
   if (weights.empty()) return none();
 
+  for (size_t i = 0; bias && i < weights.size(); ++i) {
+    const bool is_bias = i % 4 >= 2;  // which nn.RNN broadcasts
+    if (is_bias && (weights[i].dim() != 1 || weights[i].sym_size(0) != hidden_size)) return none();
+  }
+
   const bool tokens = input->scalar_type() == at::kLong;
-  if (input->dim() != (tokens ? 2 : 3)) return none();
+  if (!is_dense(*input) || input->dim() != (tokens ? 2 : 3)) return none();
   if (!tokens &&
       (input->scalar_type() != weights[0].scalar_type() || input->sym_size(2) != input_size)) {
     return none();
   }
-  if (hx.has_value() &&
-      (hx->dim() != 3 || hx->scalar_type() != weights[0].scalar_type() ||
-       hx->sym_size(0) != num_layers * (bidirectional ? 2 : 1) ||
-       hx->sym_size(1) != input->sym_size(batch_first ? 0 : 1) || hx->sym_size(2) != hidden_size)) {
+  if (hx.has_value() && (hx->dim() != 3 || hx->scalar_type() != weights[0].scalar_type() ||
+                         hx->sym_size(0) != num_layers * (bidirectional ? 2 : 1) ||
+                         hx->sym_size(1) != input->sym_size(is_batch_first ? 0 : 1) ||
+                         hx->sym_size(2) != hidden_size)) {
     return none();
   }
 
   Pair result;
   {
     pybind11::gil_scoped_release no_gil;
-    if (batch_first) input = input->transpose(0, 1);
+    if (is_batch_first) input = input->transpose(0, 1);
+    // The kernels copy it in any case. A copy made here is what backward has; nn.RNN's has one,
+    // too.
+    input = input->contiguous();
     result = rnn(*input, hx, weights, std::nullopt, lengths, mode, bias, num_layers, dropout,
                  training, bidirectional);
-    if (batch_first) std::get<0>(result) = std::get<0>(result).transpose(0, 1);
+    if (is_batch_first) std::get<0>(result) = batch_first(std::get<0>(result));
   }
   PyObject* output = THPVariable_Wrap(std::move(std::get<0>(result)));
   PyObject* h_n = THPVariable_Wrap(std::move(std::get<1>(result)));
@@ -305,16 +338,22 @@ PyObject* cell(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   const int64_t dim = input->dim();
   const auto dtype = weights[0].scalar_type();
   const bool tokens = input->scalar_type() == at::kLong;
+  if (!is_dense(*input)) return none();
   const int64_t unbatched = tokens ? 0 : 1;
   if (dim != unbatched && dim != unbatched + 1) return none();
   if (weights[0].dim() != 2 || weights[1].dim() != 2) return none();
+  const c10::SymInt hidden_size = weights[0].sym_size(0);
+  if (weights[1].sym_size(0) != hidden_size || weights[1].sym_size(1) != hidden_size) return none();
+  for (size_t i = 2; i < weights.size(); ++i) {
+    if (weights[i].dim() != 1 || weights[i].sym_size(0) != hidden_size) return none();
+  }
   if (!tokens && (input->scalar_type() != dtype || input->sym_size(-1) != weights[0].sym_size(1))) {
     return none();
   }
   const bool batched = dim != unbatched;
-  if (hx.has_value() && (hx->scalar_type() != dtype || hx->dim() != (batched ? 2 : 1) ||
-                         hx->sym_size(-1) != weights[1].sym_size(1) ||
-                         (batched && hx->sym_size(0) != input->sym_size(0)))) {
+  if (hx.has_value() &&
+      (hx->scalar_type() != dtype || hx->dim() != (batched ? 2 : 1) ||
+       hx->sym_size(-1) != hidden_size || (batched && hx->sym_size(0) != input->sym_size(0)))) {
     return none();
   }
 
@@ -328,7 +367,7 @@ PyObject* cell(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
       if (!batched) hx = hx->unsqueeze(0);
     }
     y = std::get<0>(call_layer(*input, hx, weights, std::nullopt, std::nullopt, mode, bias));
-    y = y.squeeze(0);
+    y = first_step(y);
     if (!batched) y = y.squeeze(0);
   }
   return THPVariable_Wrap(std::move(y));
@@ -396,6 +435,8 @@ PyMethodDef kMethods[] = {
 PYBIND11_MODULE(_C, m) {
   PyModule_AddFunctions(m.ptr(), kMethods);
   m.def("watch_calls", watch_calls);
+  m.def("batch_first", batch_first);
+  m.def("first_step", first_step);
   m.def("build_info", build_info);
   m.def("isas", supported_isas);
   m.def("isa", [] { return std::string(isa().name); });

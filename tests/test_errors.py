@@ -44,6 +44,10 @@ CALLS = {
     ),
     "packed double": lambda m: m(pack_sequence([torch.zeros(4, 3).double()])),
     "packed 3-D": lambda m: m(PackedSequence(torch.zeros(4, 2, 3), torch.ones(4).long())),
+    "packed without steps": lambda m: m(
+        PackedSequence(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    ),
+    "hx that is a tuple": lambda m: m(X, (torch.zeros(2, 2, 5),)),
     "no input": lambda m: m(),
     "input of None": lambda m: m(None),
     "input that is a list": lambda m: m([1.0]),
@@ -59,7 +63,7 @@ def test_call_errors(call, grad):
         want = raised(lambda: CALLS[call](stock))
         got = raised(lambda: CALLS[call](ours))
     assert type(got) is type(want), f"{got!r} but nn.RNN: {want!r}"
-    if call not in ("double hx", "no input"):
+    if call not in ("double hx", "no input", "packed without steps"):
         assert re.findall(r"\d+", str(got)) == re.findall(r"\d+", str(want)), (got, want)
 
 
@@ -107,6 +111,11 @@ CELL_CALLS = {
     "wrong hx size": lambda c: c(torch.zeros(2, 3), torch.zeros(2, 7)),
     "3-D hx": lambda c: c(torch.zeros(2, 3), torch.zeros(1, 2, 5)),
     "double input": lambda c: c(torch.zeros(2, 3).double()),
+    "2-D ids": lambda c: c(torch.zeros(2, 3).long()),
+    "weight of another size": lambda c: (
+        setattr(c, "weight_hh", nn.Parameter(torch.zeros(5, 4))),
+        c(torch.zeros(2, 3)),
+    ),
     "hx of another batch": lambda c: c(torch.zeros(2, 3), torch.zeros(4, 5)),
 }
 

@@ -136,6 +136,50 @@ def test_changes_that_do_not_matter():
     assert_same(results[1], results[0])
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "frozen", "T", "batch_first"),
+    [
+        ("input", None, 4, True),  # nn.RNN has a copy of it
+        ("input", "weight_ih", 4, False),
+        ("hx", "weight_hh", 4, False),
+        ("weight_hh", None, 1, False),  # no step comes after
+    ],
+)
+def test_changed_operands_that_are_not_read(changed, frozen, T, batch_first, bidirectional):
+    """What no gradient needs may be changed before backward, as with nn.RNN."""
+    results = []
+    for module in pair(3, 5, bidirectional=bidirectional, batch_first=batch_first):
+        operands = {
+            "input": torch.linspace(-1, 1, 6 * T).reshape((2, T, 3) if batch_first else (T, 2, 3)),
+            "hx": torch.linspace(-1, 1, 20).reshape(2, 2, 5)[: 1 + bidirectional].clone(),
+            **dict(module.named_parameters()),
+        }
+        for name, operand in module.named_parameters():
+            operand.requires_grad_(frozen is None or frozen not in name)
+        output, h_n = module(operands["input"], operands["hx"])
+        with torch.no_grad():
+            for name, operand in operands.items():
+                if changed in name:
+                    operand.mul_(2)
+        (output.square().sum() + h_n.sum()).backward()
+        results.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert results[0]
+    assert_same(results[1], results[0])
+
+
+def test_changed_operands_and_results():
+    """An output that was changed is not computed again from an input that was changed, too."""
+    rnn = charrnn_fast.RNN(3, 5)
+    rnn.weight_ih_l0.requires_grad_(False)
+    x = torch.randn(4, 2, 3)
+    output, _ = rnn(x)
+    output.mul_(2)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_bias_gradients_are_two_tensors():
     """The gradients of b_ih and b_hh are equal, but changing one leaves the other alone."""
     rnn = charrnn_fast.RNN(3, 5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, assert_same, pair, run
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import charrnn_fast
 
@@ -74,6 +75,19 @@ def test_autocast_with_half_input():
     torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("double", ["input", "weights"])
+def test_autocast_leaves_double(double):
+    """Autocast converts no float64, and nn.RNN then complains that dtypes differ."""
+    for module in pair(3, 5):
+        x = torch.ones(4, 2, 3)
+        if double == "input":
+            x = x.double()
+        else:
+            module.double()
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+            module(x)
+
+
 def test_meta_device():
     """On the meta device shapes and dtypes come out as nn.RNN's."""
     stock = nn.RNN(3, 5, 2, bidirectional=True, device="meta")
@@ -86,6 +100,19 @@ def test_meta_device():
     assert ours.weight_hh_l0.grad.shape == (5, 5)
     ours.to_empty(device="cpu").reset_parameters()
     assert ours(torch.randn(4, 2, 3))[0].isfinite().all()
+
+
+def test_packed_on_the_meta_device():
+    """A packed sequence has its batch sizes on the CPU, wherever its data are."""
+    packed = pack_sequence([torch.ones(4, 3), torch.ones(2, 3)]).to("meta")
+    shapes = []
+    for cls in (nn.RNN, charrnn_fast.RNN):
+        module = cls(3, 5, 2, device="meta")
+        output, h_n = module(packed)
+        output.data.sum().backward()
+        grads = [p.grad for p in module.parameters()]
+        shapes.append([(t.shape, t.device.type) for t in (output.data, h_n, *grads)])
+    assert shapes[0] == shapes[1]
 
 
 def test_to_moves_the_weights_in_use():

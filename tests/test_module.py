@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import pair
+from helpers import cells, pair
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -103,6 +103,46 @@ def test_copies(nonlinearity):
         with torch.no_grad():
             copied.weight_hh_l0.zero_()
         assert not torch.equal(copied(x)[0], ours(x)[0])
+
+
+def untouched(module):
+    pass
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *args: None)
+
+
+def normed(module):
+    name = "weight_hh" if isinstance(module, nn.RNNCellBase) else "weight_hh_l0"
+    nn.utils.parametrizations.weight_norm(module, name)
+
+
+@pytest.mark.parametrize("change", [untouched, hooked, normed])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["time first", "batch first", "cell"])
+def test_results_are_no_views(kind, change, autocast):
+    """Where nn.RNN's are none: they may be detached in place, and made without and changed with
+    gradients."""
+    if kind == "cell":
+        modules = cells(3, 5)
+        x = torch.randn(2, 3)
+    else:
+        modules = pair(3, 5, batch_first=kind == "batch first")
+        x = torch.randn(4, 2, 3)
+    for module in modules:
+        change(module)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results = module(x)
+            with torch.no_grad():
+                untracked = module(x)
+        for result in [results] if kind == "cell" else results:
+            assert result.requires_grad
+            result.detach_()
+            assert not result.requires_grad
+        for result in [untracked] if kind == "cell" else untracked:
+            result.add_(torch.ones((), requires_grad=True))
+            assert result.requires_grad
 
 
 def test_subclass():

@@ -183,6 +183,29 @@ def test_flop_counts(options, frozen):
     assert counts[0] == counts[1]
 
 
+def test_flop_counts_of_packed_sequences():
+    """The same for packed sequences, whose reverse direction starts with the longest."""
+    counts = []
+    for module in pair(3, 5, 2, bidirectional=True):
+        packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
+        with FlopCounterMode(display=False) as counter:
+            module(packed)[0].data.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_layouts_that_only_torch_knows():
+    """Nested sequences of one length, and sparse input of a cell, go where nn.RNN takes them."""
+    sequences = torch.randn(2, 4, 3)
+    stock, ours = pair(3, 5)
+    nested = torch.nested.nested_tensor(list(sequences))
+    torch.testing.assert_close(ours(nested), stock(nested))
+    stock, ours = cells(3, 5)
+    sparse = sequences[0].to_sparse()
+    torch.testing.assert_close(ours(sparse), stock(sparse))
+
+
 def test_anomaly_mode_and_tensor_hooks():
     """set_detect_anomaly, retain_grad and hooks on both results work as with nn.RNN."""
     results = []

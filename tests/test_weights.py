@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_same, pair
+from helpers import assert_same, cells, pair
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -122,6 +122,22 @@ def test_random_parametrization():
         outputs = [module(torch.ones(4, 2, 3))[0] for _ in range(3)]
         results.append([*outputs, torch.rand(1)])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 5)])
+def test_broadcast_bias(shape):
+    """A bias that must be broadcast is, as by nn.RNN and nn.RNNCell."""
+    layers = pair(3, 5, 2, bidirectional=True)
+    for modules, name in ((layers, "bias_hh_l1"), (cells(3, 5), "bias_ih")):
+        results = []
+        for module in modules:
+            setattr(module, name, nn.Parameter(torch.full(shape, 0.5)))
+            x = torch.linspace(-1, 1, 24).reshape(8, 3)
+            output = module(x if name == "bias_ih" else x[:, None])
+            output = output[0] if isinstance(output, tuple) else output
+            output.square().sum().backward()
+            results.append([output, *[p.grad for p in module.parameters()]])
+        torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("how", ["removed", "None"])
