@@ -113,44 +113,76 @@ void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, i
 }
 
 #ifdef CHARRNN_FAST_TRANSPOSE
-// The product of one row with W' in whole vectors of columns, in one panel of several. Blocks of W
-// are transposed where they are used, and memory is asked for what comes a little later. Has the
-// bits of tile().
+// Adds to each sum a chain of `terms` products of a row with kLanes rows of W; chain c starts a_step
+// and W_step scalars behind the one before. W is transposed block by block, where it is used. Several
+// chains at once hide each other's latency.
+template <int chains>
+ALWAYS_INLINE void add_chains(const float* a, int64_t a_step, const float* W, int64_t W_step,
+                              int64_t K, int64_t terms, Vec<float>* sums) {
+  constexpr int64_t L = kLanes<float>;
+  alignas(64) float block[chains][L * L];
+  int64_t k = 0;
+  for (; k + L <= terms; k += L) {
+#pragma GCC unroll 2
+    for (int c = 0; c < chains; ++c) transpose_lanes(W + c * W_step + k, K, block[c], L);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+#pragma GCC unroll 2
+      for (int c = 0; c < chains; ++c) {
+        const Vec<float> factor = broadcast(a[c * a_step + k + i]);
+        sums[c] = multiply_add(factor, load(block[c] + i * L), sums[c]);
+      }
+    }
+  }
+  for (; k < terms; ++k) {
+    for (int c = 0; c < chains; ++c) {
+      for (int64_t i = 0; i < L; ++i) block[c][i] = W[c * W_step + i * K + k];
+      sums[c] = multiply_add(broadcast(a[c * a_step + k]), load(block[c]), sums[c]);
+    }
+  }
+}
+
+// The product of one row with W' in `groups` vectors of columns from column j on. Has the bits of
+// tile().
+template <Finish finish, Activation activation, int groups>
+ALWAYS_INLINE void multiply_row_unpacked(const TileArgs<float>& args, const float* W, int64_t j) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t K = args.K;
+  const int64_t in_pairs = K / (2 * kChainTerms) * (2 * kChainTerms);
+  const float* a = args.a[0];
+  const float* rows = W + j * K;
+  Vec<float> total[groups];
+  for (int g = 0; g < groups; ++g) {
+    total[g] = load(args.init[0] + j + g * L);
+    for (int64_t k = 0; k < in_pairs; k += 2 * kChainTerms) {
+      Vec<float> sums[2] = {};
+      add_chains<2>(a + k, kChainTerms, rows + g * L * K + k, kChainTerms, K, kChainTerms, sums);
+      total[g] += sums[0];
+      total[g] += sums[1];
+    }
+  }
+  for (int64_t k = in_pairs; k < K; k += kChainTerms) {
+    const int64_t terms = K - k < kChainTerms ? K - k : kChainTerms;
+    Vec<float> sums[groups] = {};
+    add_chains<groups>(a + k, 0, rows + k, L * K, K, terms, sums);
+    for (int g = 0; g < groups; ++g) total[g] += sums[g];
+  }
+  for (int g = 0; g < groups; ++g) {
+    store(args.out[0] + j + g * L, finished<finish, activation, float>(total[g], nullptr, L));
+  }
+}
+
+// The same in one panel of several, of whole vectors.
 template <Finish finish, Activation activation>
 void multiply_row_unpacked(const TileArgs<float>& args, const float* W, const Panels<float>& panels,
                            int64_t panel) {
   constexpr int64_t L = kLanes<float>;
-  constexpr int64_t kAhead = 96;
-  const int64_t K = args.K;
-  const float* a = args.a[0];
-  const int64_t end = panels.first_column(panel) + panels.used_columns(panel);
-  alignas(64) float block[L * L];
-  for (int64_t j = panels.first_column(panel); j < end; j += L) {
-    const float* rows = W + j * K;
-    Vec<float> total = load(args.init[0] + j);
-    for (int64_t k = 0; k < K;) {
-      const int64_t stop = K - k < kChainTerms ? K : k + kChainTerms;
-      Vec<float> sum = {};
-      for (; k + L <= stop; k += L) {
-        // What follows a row is the next one, which was read already; then come the next L rows.
-        // Into L2: rows of some lengths would displace each other in L1.
-        const int64_t later = k + kAhead < K ? k + kAhead : L * K + k + kAhead - K;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) __builtin_prefetch(rows + i * K + later, 0, 2);
-        transpose_lanes(rows + k, K, block, L);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          sum = multiply_add(broadcast(a[k + i]), load(block + i * L), sum);
-        }
-      }
-      for (; k < stop; ++k) {
-        for (int64_t i = 0; i < L; ++i) block[i] = rows[i * K + k];
-        sum = multiply_add(broadcast(a[k]), load(block), sum);
-      }
-      total += sum;
-    }
-    store(args.out[0] + j, finished<finish, activation, float>(total, nullptr, L));
+  int64_t j = panels.first_column(panel);
+  const int64_t end = j + panels.used_columns(panel);
+  for (; j + 2 * L <= end; j += 2 * L) {
+    multiply_row_unpacked<finish, activation, 2>(args, W, j);
   }
+  if (j < end) multiply_row_unpacked<finish, activation, 1>(args, W, j);
 }
 #endif
 

@@ -9,6 +9,15 @@ namespace charrnn_fast {
 
 namespace {
 
+// Cycles are counted roughly, so many floats at a time.
+constexpr double kLanes = 16;
+
+// Of one step of the recurrence. Below two rows, loading the weights takes longer than multiplying
+// by them.
+double step_cycles(const Layer& layer, double rows) {
+  return layer.H * layer.H / kLanes * std::max(rows, 2.0);
+}
+
 // The cheapest way by a rough count of cycles. Constants were measured on Zen 4 and Zen 5 cores
 // with AVX-512; they decide speed only, never results.
 Plan cheapest_plan(const Layer& layer, int threads, double passes) {
@@ -17,11 +26,7 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
   constexpr double kBarrierCycles = 2500;
   constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
   constexpr double kStartCycles = 20000;     // waking the threads
-  constexpr double kLanes = 16;
-  // Below two rows, loading the weights takes longer than multiplying by them.
-  const auto recurrence = [&](double rows) {
-    return layer.H * layer.H / kLanes * std::max(rows, 2.0);
-  };
+  const auto recurrence = [&](double rows) { return step_cycles(layer, rows); };
   const double products = static_cast<double>(layer.N) * layer.H / kLanes *
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));
   const double steps = layer.T;
@@ -56,7 +61,9 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
 int threads_to_use(const Layer& layer, double passes) {
   if (at::in_parallel_region()) return 1;
   // Not worth waking a thread for less than some tens of microseconds.
-  const double cycles = passes * layer.D * layer.N * layer.H * (layer.I + layer.H) / 16.0;
+  const double rows = static_cast<double>(layer.N) / layer.T;
+  const double step = step_cycles(layer, rows) + rows * layer.H * layer.I / kLanes;
+  const double cycles = passes * layer.D * layer.T * step;
   return cycles < 100000 ? 1 : at::get_num_threads();
 }
 

@@ -136,7 +136,9 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("B", "I", "H"), [(1, 5, 7), (1, 40, 300), (7, 130, 129), (97, 28, 66)])
+@pytest.mark.parametrize(
+    ("B", "I", "H"), [(1, 5, 7), (1, 40, 300), (1, 90, 560), (7, 130, 129), (97, 28, 66)]
+)
 def test_one_step_has_the_bits_of_many(isa, B, I, H, dtype):
     """A call of one step, which packs its weights otherwise, has the bits of a longer one."""
     rnn = charrnn_fast.RNN(I, H, bidirectional=True, dtype=dtype)
