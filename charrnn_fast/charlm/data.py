@@ -144,7 +144,7 @@ def text_hash(ids: Ids) -> str:
 
 def to_tensor(ids: Ids, device: torch.device | str = "cpu") -> Tensor:
     """Ids as int64, row-major, whatever the strides of the view."""
-    return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(device)
+    return torch.from_numpy(ids.astype(np.int64, order="C")).to(device)
 
 
 @dataclass(slots=True)

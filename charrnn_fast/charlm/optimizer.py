@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 LINE = 16  # numbers of a cache line, where each weight begins
-ROWS = 64  # a norm is that of so many rows, each summed by one thread
+ROWS = 64  # the norm of a long vector is that of so many rows, each summed by one thread
+ALONE = 2**14  # numbers that PyTorch never divides among threads
 
 
 class AdamW:
@@ -42,8 +43,10 @@ class AdamW:
     def step(self, rate: float, limit: float) -> Tensor:
         """One step; returns the norm of the gradients, which are scaled down to ``limit`` first
         where it is greater (0: no limit)."""
-        rows = torch.linalg.vector_norm(self.gradients.view(ROWS, -1), dim=1)
-        norm: Tensor = torch.linalg.vector_norm(rows)
+        norms = self.gradients
+        if norms.numel() > ALONE:
+            norms = torch.linalg.vector_norm(norms.view(ROWS, -1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(norms)
         self.steps += 1
         torch._fused_adamw_(
             [self.weights],
