@@ -113,9 +113,9 @@ void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, i
 }
 
 #ifdef CHARRNN_FAST_TRANSPOSE
-// Adds to each sum a chain of `terms` products of a row with kLanes rows of W; chain c starts a_step
-// and W_step scalars behind the one before. W is transposed block by block, where it is used. Several
-// chains at once hide each other's latency.
+// Adds to each sum a chain of `terms` products of a row with kLanes rows of W; chain c starts
+// a_step and W_step scalars behind the one before. W is transposed block by block, where it is
+// used. Several chains at once hide each other's latency.
 template <int chains>
 ALWAYS_INLINE void add_chains(const float* a, int64_t a_step, const float* W, int64_t W_step,
                               int64_t K, int64_t terms, Vec<float>* sums) {
