@@ -29,6 +29,7 @@ from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
 from charrnn_fast.charlm.evaluate import evaluate_stream
 from charrnn_fast.charlm.group import Group
 from charrnn_fast.charlm.options import learning_rate, resumed_options
+from charrnn_fast.charlm.train import interrupts
 
 TIMES = ("seconds", "chars_per_second")
 
@@ -428,6 +429,8 @@ def test_samples_while_training(options):
     samples = [row["sample"] for row in metrics(trainer.folder) if "sample" in row]
     assert len(samples) == 3
     assert all(len(s) == 30 and s in lines for s in samples)
+    again = train(options, sample_length=30, out_dir=options.out_dir + "-again", say=None)
+    assert metrics(again.folder) == metrics(trainer.folder)
 
 
 def test_short_text_is_an_error(options, text):
@@ -600,3 +603,41 @@ def test_run_goes_on_from_anywhere(options, text, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert train(out_dir=options.out_dir, resume=True, max_epochs=2, say=None).progress.finished
+
+
+def test_steps_are_those_of_a_plain_loop(options):
+    """With the schedule, clipping, weight decay and the carried state, each where it belongs."""
+    changes = {"warmup_iters": 3, "grad_clip": 0.05, "weight_decay": 3.0, "min_lr": 1e-3}
+    trainer = Trainer(replace(options, max_iters=8, **changes), say=None)
+    V = len(trainer.vocabulary)
+    rnn, head = nn.RNN(V, 16, 2), nn.Linear(16, V)
+    parameters = [*rnn.parameters(), *head.parameters()]
+    for p, q in zip(parameters, trainer.model.parameters(), strict=True):
+        p.data.copy_(q)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=3.0)
+    state = None
+    for step, rate in enumerate([0.0025, 0.005, 0.0075, 0.01, 0.01 - 0.009 * 0.0954915]):
+        batch = trainer.batches.batch(0, step)
+        y, state = rnn(nn.functional.one_hot(batch.tokens, V).float(), state)
+        loss = nn.functional.cross_entropy(head(y).flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(parameters, 0.05) > 0.1
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        state = state.detach()
+        torch.testing.assert_close(trainer.train_step(), loss.detach(), rtol=1e-5, atol=0)
+        assert trainer.rate == pytest.approx(rate, rel=1e-6)
+    for p, q in zip(parameters, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5)
+
+
+def test_a_second_interrupt_stops_at_once():
+    """The first one is noted; afterwards the signals are whose they were."""
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as seen:
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
