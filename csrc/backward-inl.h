@@ -61,7 +61,9 @@ template <typename scalar>
 void pack_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                    const Team& team) {
   if (team.rank == 0) std::memset(space.zeros, 0, space.zero_columns() * sizeof(scalar));
-  const Range mine = share(space.hidden.count, team);
+  // A single step reads W_hh for dh0 only.
+  const bool reads_recurrent = length_of(args.seq, 0) > 1 || args.dh0 != nullptr;
+  const Range mine = share(reads_recurrent ? space.hidden.count : 0, team);
   for (int64_t p = mine.first; p < mine.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
                       space.recurrent + space.hidden.first_column(p) * args.H);

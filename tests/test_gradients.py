@@ -218,3 +218,30 @@ def test_checkpointing():
     x.grad = None
     checkpoint(lambda x: rnn(x)[0], x, use_reentrant=False).square().sum().backward()
     assert torch.equal(x.grad, want)
+
+
+@pytest.mark.parametrize("B", [1, 7])
+def test_one_step_needs_no_recurrent_weight(isa, B):
+    """Without a state before the only step, what W_hh holds has no influence."""
+    x, dy, W_ih = torch.randn(1, B, 3), torch.randn(1, B, 70), torch.randn(70, 3)
+    y = torch.randn(1, B, 70)
+
+    def backward(W_hh):
+        return torch.ops.charrnn_fast.rnn_layer_backward(
+            dy,
+            None,
+            x,
+            None,
+            [W_ih, W_hh],
+            y,
+            None,
+            None,
+            "RNN_TANH",
+            False,
+            [True, False, True, True],
+        )
+
+    for got, want in zip(
+        backward(torch.full((70, 70), torch.nan)), backward(torch.zeros(70, 70)), strict=True
+    ):
+        assert torch.equal(got, want)
