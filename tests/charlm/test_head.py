@@ -129,3 +129,18 @@ def test_gradients_of_each_sample(shape, monkeypatch):
     for n, one in enumerate(inputs):
         for name, expected in gradient(weights, one).items():
             torch.testing.assert_close(together[name][n], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+def test_compiler_sees_a_linear_layer(shape):
+    """torch.compile chooses the products: Inductor refuses oneDNN's with trained weights."""
+    layer, input, _ = problem(shape)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(input), layer(input))
+    assert graphs == [[torch._C._nn.linear]]
