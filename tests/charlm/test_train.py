@@ -641,3 +641,21 @@ def test_a_second_interrupt_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_short_text_makes_a_smaller_batch_and_says_so(options, text):
+    text.write_text(text.read_text()[:100])
+    lines: list[str] = []
+    trainer = train(options, max_epochs=1, val_fraction=0.0, say=lines.append)
+    assert trainer.batches.batch_size == 6
+    assert lines[0] == "note: the text is short; the batch size is 6"
+
+
+def test_batch_that_the_processes_cannot_share(options, monkeypatch):
+    """Before anything is written."""
+    monkeypatch.setattr(Group, "size", 3, raising=False)
+    monkeypatch.setattr(Group, "rank", 0, raising=False)
+    monkeypatch.setattr(Group, "__init__", lambda self, device: setattr(self, "device", device))
+    with pytest.raises(UsageError, match="a batch of 8 does not divide by 3 processes"):
+        Trainer(options, say=None)
+    assert not Path(options.out_dir).exists()
