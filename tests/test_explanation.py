@@ -71,6 +71,9 @@ def test_plans():
     assert all(plan.split is None and not plan.at_once for plan in one.forward)
     torch.set_num_threads(4)
     assert explain(charrnn_fast.RNN(3, 5), X).threads == 1
+    # A step loads all its weights, whatever the number of rows.
+    assert explain(charrnn_fast.RNNCell(64, 1024), torch.randn(1, 64)).forward[0].threads > 1
+    assert explain(charrnn_fast.RNNCell(64, 512), torch.randn(1, 64)).forward[0].threads == 1
 
 
 @pytest.mark.parametrize(
