@@ -393,6 +393,14 @@ def test_early_stopping(options):
     assert progress.step == 3 * progress.best_step
 
 
+def test_a_gain_begins_the_patience_anew(options):
+    trainer = Trainer(replace(options, max_epochs=9, patience=2), say=None)
+    losses = iter([3.0, 4.0, 2.0, 3.0, 2.5, 1.0])
+    trainer.evaluate = lambda: next(losses)  # type: ignore[method-assign]
+    progress = trainer.run()
+    assert (progress.step, progress.best_step) == tuple(n * len(trainer.batches) for n in (5, 3))
+
+
 def test_best_weights_are_kept(options):
     """model.safetensors holds the best evaluation, last.safetensors the last one."""
     trainer = Trainer(replace(options, max_epochs=4), say=None)
@@ -465,6 +473,18 @@ def test_streaming_evaluation_is_exact(trained, backend):
     assert pieces == pytest.approx(whole, rel=1e-5)
     assert evaluate(trained.model, ids, streams=1, seq_length=13) == pytest.approx(whole, rel=1e-5)
     assert evaluate(trained.model, ids, streams=4, seq_length=16) == pytest.approx(whole, rel=0.2)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_evaluation_knows_no_dropout(options, lines):
+    """Also of a model that is being trained, which goes on in its mode."""
+    trainer = Trainer(replace(options, dropout=0.9, lines=lines), say=None)
+    trainer.model.train()
+    while_training = trainer.evaluate()
+    assert trainer.model.training
+    trainer.model.eval()
+    assert while_training == trainer.evaluate()
+    assert not trainer.model.training
 
 
 def torchrun(code: list[str]) -> None:
