@@ -46,6 +46,10 @@ constexpr int chains_of_lone_panel(int width) {
 // whose part of a panel stays in L1 while the rows pass by.
 constexpr int64_t kChainTerms = 128;
 
+// Rows of the tallest tile that sums several such blocks itself. Beside the sums of a taller one
+// there are no registers for totals: those wait in memory, and each block is a call.
+constexpr int kRowsOfSeveralBlocks = 3;
+
 // Rows of a tile that may run step after step: few, as the constants of the activation share the
 // registers with the sums. More rows hide the cost of a call.
 constexpr int rows_of_running_tile(int width) {
@@ -88,7 +92,7 @@ ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lan
 }
 
 // The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
-// panel is the only one.
+// panel is the only one. K <= kChainTerms when `lone` or R > kRowsOfSeveralBlocks.
 template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P, int C>
 __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
   constexpr int L = kLanes<scalar>;
@@ -174,11 +178,13 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         for (int i = 0; i < R * P; ++i) total[i] = sum[0][i];
         break;
       }
-      if (first == 0) {
+      constexpr bool one_block = R > kRowsOfSeveralBlocks;
+      if (one_block || first == 0) {
 #pragma GCC unroll 32
         for (int i = 0; i < R * P; ++i) {
           total[i] = load_lanes(init(i / P, i % P), lanes(i % P)) + sum[0][i];
         }
+        if constexpr (one_block) break;
       } else {
 #pragma GCC unroll 32
         for (int i = 0; i < R * P; ++i) total[i] += sum[0][i];
@@ -191,11 +197,12 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
     }
 
     const auto finish_row = [&](int r) __attribute__((always_inline)) {
+      scalar* to = out(r, 0);
+      const scalar* at_y = finish == Finish::kBackward ? y(r, 0) : to;
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const scalar* at_y = finish == Finish::kBackward ? y(r, p) : nullptr;
-        store_lanes(out(r, p),
-                    finished<finish, activation, scalar>(total[r * P + p], at_y, lanes(p)),
+        store_lanes(to + p * L,
+                    finished<finish, activation, scalar>(total[r * P + p], at_y + p * L, lanes(p)),
                     lanes(p));
       }
     };
@@ -267,7 +274,7 @@ void multiply_rows(TileArgs<scalar> args, int64_t rows, const Panels<scalar>& pa
     return run(kTiles<scalar, finish, activation, kRecurrence>);
   }
   // Where there are several tiles, all of them pass one block of the panel before the next one.
-  while (rows > kTileRows && args.K > kChainTerms) {
+  while (rows > kRowsOfSeveralBlocks && args.K > kChainTerms) {
     const int64_t left = args.K - kChainTerms;
     args.K = kChainTerms;
     run(kTiles<scalar, Finish::kStore, Activation::kRelu, false>);
