@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from charrnn_fast.charlm import UsageError, Vocabulary, builtin_text, load_corpus
-from charrnn_fast.charlm.data import PAD, LineBatches, StreamBatches, encode_file, split, to_tensor
+from charrnn_fast.charlm import TrainOptions, UsageError, Vocabulary, builtin_text, load_corpus
+from charrnn_fast.charlm.data import (
+    PAD,
+    LineBatches,
+    StreamBatches,
+    encode_file,
+    prepare,
+    split,
+    to_tensor,
+)
 
 
 def test_builtin_text_is_large_and_always_the_same():
@@ -138,3 +146,18 @@ def test_to_tensor_is_row_major():
     view = np.arange(6, dtype=np.uint16).reshape(3, 2).T
     assert to_tensor(view).stride() == (3, 1)
     assert to_tensor(view).tolist() == view.tolist()
+
+
+def test_lines_are_not_cut_where_the_text_is_split():
+    """The line in which the held-out part would begin is held out as a whole."""
+    text = "".join(f"line number {n}\n" for n in range(10, 20))
+    vocabulary = Vocabulary.from_text(text)
+    options = TrainOptions(lines=True, val_fraction=0.25)
+    parts = prepare(options, vocabulary, vocabulary.encode(text))
+    assert [len(part.starts) for part in parts] == [7, 3]
+    lines = [
+        vocabulary.decode(part.ids[start:end])
+        for part in parts
+        for start, end in zip(part.starts, part.ends, strict=True)
+    ]
+    assert lines == text.splitlines()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -292,3 +293,24 @@ def test_random_numbers_of_others_stay_the_same():
     for seed in (1, None):
         sample(model, VOCABULARY, "a", 3, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_text_is_shown_as_it_is_drawn(monkeypatch):
+    """Before the next piece is drawn, the last one has left every buffer."""
+    shown, waiting = [], []
+    terminal = types.SimpleNamespace(write=waiting.append)
+    terminal.flush = lambda: (shown.extend(waiting), waiting.clear())
+    monkeypatch.setattr("sys.stdout", terminal)
+
+    def pieces():
+        for n, letter in enumerate("abc"):
+            assert "".join(shown) == "abc"[:n]
+            yield torch.from_numpy(VOCABULARY.encode(letter).astype("int64"))[:, None]
+
+    assert write_stream(pieces(), VOCABULARY) == "abc"
+
+
+def test_without_a_prompt_a_line_begins():
+    vocabulary = Vocabulary("\t\n abcdefghijklmnopqrstuvwxyz"[: len(VOCABULARY)])
+    texts = [sample(model_of("torch"), vocabulary, p, 50, seed=1) for p in ("", "\n", "\t")]
+    assert texts[0] == texts[1] != texts[2]
