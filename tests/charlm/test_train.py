@@ -679,3 +679,13 @@ def test_batch_that_the_processes_cannot_share(options, monkeypatch):
     with pytest.raises(UsageError, match="a batch of 8 does not divide by 3 processes"):
         Trainer(options, say=None)
     assert not Path(options.out_dir).exists()
+
+
+def test_run_that_goes_on_is_not_finished(options, trained):
+    """A Ctrl-C in it is told as one, although the run had come to its end before."""
+    assert trained.progress.finished
+    longer = resumed_options(options.out_dir, {"max_epochs": 9})
+    trainer = Trainer(longer, resume=True, say=None)
+    trainer.on_loss = lambda loss: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="go on with: charrnn-fast train --resume"):
+        trainer.run()
