@@ -24,7 +24,13 @@ from charrnn_fast.charlm import (
     save_pretrained,
     train,
 )
-from charrnn_fast.charlm.checkpoint import check_weights, lock, weight_shapes, write_atomic
+from charrnn_fast.charlm.checkpoint import (
+    check_weights,
+    lock,
+    weight_shapes,
+    write_atomic,
+    write_tensors,
+)
 
 VOCABULARY = Vocabulary("abc\n")
 CONFIG = ModelConfig(4, 6, 2)
@@ -131,6 +137,13 @@ def edit(path, **changes):
 def test_newer_format(folder):
     edit(folder / "config.json", format_version=99)
     with pytest.raises(UsageError, match=r"format 99.*upgrade"):
+        from_pretrained(folder, "torch")
+
+
+def test_newer_format_of_the_weights(folder):
+    path = folder / "model.safetensors"
+    write_tensors(path, load_file(path), {"format_version": 99})
+    with pytest.raises(UsageError, match=r"model.safetensors has format 99.*upgrade"):
         from_pretrained(folder, "torch")
 
 

@@ -92,3 +92,13 @@ def test_configurations_that_make_no_sense(wrong):
 
 def test_bits():
     assert bits(torch.tensor(8.0).log().item()) == pytest.approx(3)
+
+
+def test_orthogonal_weights_are_the_same_for_any_number_of_threads():
+    models = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        models.append(build_model(ModelConfig(5, 512, 1), "torch", "orthogonal", seed=1))
+        assert torch.get_num_threads() == threads
+    for model in models[1:]:
+        assert torch.equal(model.rnn.weight_hh_l0, models[0].rnn.weight_hh_l0)
