@@ -58,10 +58,9 @@ struct Transpose<double> {
 
 // Packs K columns of W, whose rows lie ld apart, for one panel of the product a W': `source` is the
 // row of the panel's first column. The result is [K][width] vectors, zero beyond the last column.
-// What lies at `next`, in rows as far apart, is fetched meanwhile; null: nothing.
 template <typename scalar>
 void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
-                int64_t panel, scalar* target, [[maybe_unused]] const scalar* next = nullptr) {
+                int64_t panel, scalar* target) {
   constexpr int64_t kBlock = Transpose<scalar>::kBlock;
   constexpr int64_t kLine =
       64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
@@ -75,10 +74,6 @@ void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar
     packed = K / kLine * kLine;
     for (; done + L <= n; done += L) {
       for (int64_t k = 0; k < packed; k += L) {
-        if (next != nullptr) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < L; ++i) __builtin_prefetch(next + (done + i) * ld + k, 0, 2);
-        }
         transpose_lanes(source + done * ld + k, ld, target + k * stride + done, stride);
       }
     }
@@ -200,19 +195,14 @@ void multiply_unpacked(TileArgs<scalar> args, int64_t rows, const scalar* W,
   }
 #endif
   const scalar* source = W + panels.first_column(panel) * K;
-  // Smaller ones lie in L2, as a rule, where the cell is called again and again.
-  const bool far = K * panels.columns * sizeof(scalar) > (1 << 19);
   for (; K - args.first_k > kChainTerms; args.first_k += kChainTerms) {
     args.K = kChainTerms;
-    const scalar* at = source + args.first_k;
-    pack_panel(at, K, args.K, panels, panel, block, far ? at + kChainTerms : nullptr);
+    pack_panel(source + args.first_k, K, args.K, panels, panel, block);
     multiply_rows<Finish::kStore>(args, rows, panels, panel, block);
     args.init = args.out;
   }
   args.K = K - args.first_k;
-  const scalar* after =
-      far && panel + 1 < panels.count ? W + panels.first_column(panel + 1) * K : nullptr;
-  pack_panel(source + args.first_k, K, args.K, panels, panel, block, after);
+  pack_panel(source + args.first_k, K, args.K, panels, panel, block);
   multiply_rows<finish, activation>(args, rows, panels, panel, block);
 }
 
