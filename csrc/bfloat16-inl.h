@@ -758,6 +758,17 @@ inline void bfloat16_backward(const BackwardArgs<bfloat16>& args, const Team& te
   }
 }
 
-constexpr Kernels<bfloat16> kBFloat16Kernels = {
-    bfloat16_forward_workspace, bfloat16_forward, bfloat16_backward_workspace,
-    bfloat16_backward,          nullptr,          nullptr};
+inline bool bfloat16_all_finite(const bfloat16* p, int64_t n) {
+  constexpr uint16_t kExponent = 0x7F80;
+  uint16_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= (p[i].bits & kExponent) == kExponent;
+  return found == 0;
+}
+
+constexpr Kernels<bfloat16> kBFloat16Kernels = {bfloat16_all_finite,
+                                                bfloat16_forward_workspace,
+                                                bfloat16_forward,
+                                                bfloat16_backward_workspace,
+                                                bfloat16_backward,
+                                                nullptr,
+                                                nullptr};

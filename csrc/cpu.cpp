@@ -158,6 +158,18 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { forward(args[d], team); });
 }
 
+// Without a state the first step has no recurrent product. nn.RNN computes that of zeros, which
+// shows what is infinite or NaN in W_hh.
+template <typename scalar>
+bool finite_recurrence(const Kernels<scalar>& table, const Layer& layer, at::TensorList weights,
+                       bool has_biases) {
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const at::Tensor& W_hh = weights[d * (has_biases ? 4 : 2) + 1];
+    if (!table.all_finite(data<scalar>(W_hh), W_hh.numel())) return false;
+  }
+  return true;
+}
+
 Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList weights_,
                    const Optional& batch_sizes_, const Optional& lengths_, std::string_view mode,
                    bool has_biases) {
@@ -175,7 +187,7 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
     return {y.to(dtype), h_n.to(dtype)};
   }
   const at::Tensor input = input_.contiguous();
-  const Optional hx = contiguous(hx_);
+  Optional hx = contiguous(hx_);
   std::vector<at::Tensor> copies;
   const at::TensorList weights = contiguous(weights_, &copies);
   const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
@@ -191,6 +203,9 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
   count(counters().forward_fused);
   const Rows rows(layer, batch_sizes, lengths);
   with_kernels(current, dtype, [&](const auto& kernels) {
+    if (!hx.has_value() && !finite_recurrence(kernels, layer, weights, has_biases)) {
+      hx = at::zeros(h_n.sizes(), dtype);
+    }
     forward_layer(kernels, layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
   });
   return {y, h_n};

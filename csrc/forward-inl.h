@@ -1,5 +1,23 @@
 // Forward of one direction of one layer.
 
+// Whether none of n numbers is infinite or NaN.
+template <typename scalar>
+bool all_finite(const scalar* p, int64_t n) {
+  constexpr int64_t L = kLanes<scalar>, kVectors = 8;
+  Vec<scalar> sums[kVectors] = {};  // of each number times zero
+  int64_t i = 0;
+  for (; i + kVectors * L <= n; i += kVectors * L) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[v] += load(p + i + v * L) * Vec<scalar>{};
+  }
+  for (; i < n; i += L) sums[0] += load_lanes(p + i, n - i < L ? n - i : L) * Vec<scalar>{};
+  for (int v = 1; v < kVectors; ++v) sums[0] += sums[v];
+  for (int lane = 0; lane < L; ++lane) {
+    if (sums[0][lane] != 0) return false;
+  }
+  return true;
+}
+
 template <typename scalar>
 struct ForwardSpace {
   Panels<scalar> panels;

@@ -11,6 +11,6 @@
 // clang-format on
 
 template <typename scalar>
-constexpr Kernels<scalar> kernels = {forward_workspace<scalar>,  forward<scalar>,
-                                     backward_workspace<scalar>, backward<scalar>,
-                                     generate_workspace<scalar>, generate<scalar>};
+constexpr Kernels<scalar> kernels = {
+    all_finite<scalar>, forward_workspace<scalar>,  forward<scalar>, backward_workspace<scalar>,
+    backward<scalar>,   generate_workspace<scalar>, generate<scalar>};

@@ -134,6 +134,7 @@ constexpr int64_t kStopProducts = int64_t{1} << 28;  // some hundredths of a sec
 // The kernels of one ISA for one dtype.
 template <typename scalar>
 struct Kernels {
+  bool (*all_finite)(const scalar*, int64_t n);
   size_t (*forward_workspace)(const ForwardArgs<scalar>&, int team_size);
   void (*forward)(const ForwardArgs<scalar>&, const Team&);
   size_t (*backward_workspace)(const BackwardArgs<scalar>&, int team_size);

@@ -174,6 +174,34 @@ def test_nan_and_inf_flow_as_in_nn_rnn() -> None:
                 assert got[:, others].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("T", [1, 3])
+def test_special_weights_flow_as_in_nn_rnn(T: int, value: float, dtype: torch.dtype) -> None:
+    """Of weights, too; a state that is not given is a state of zeros, which W_hh multiplies."""
+    H = 150
+    for weight, row, column in (("hh", 3, 1), ("hh", H - 1, H - 1), ("ih", 2, 4)):
+        for bidirectional in (False, True):
+            ours = charrnn_fast.RNN(5, H, bidirectional=bidirectional, dtype=dtype)
+            theirs = nn.RNN(5, H, bidirectional=bidirectional, dtype=dtype)
+            with torch.no_grad():
+                last = [p for name, p in ours.named_parameters() if f"weight_{weight}" in name][-1]
+                last[row, column] = value
+            theirs.load_state_dict(ours.state_dict())
+            x = torch.randn(T, 2, 5, dtype=dtype)
+            for isa in charrnn_fast.available_isas():
+                results = []
+                for module in (ours, theirs):
+                    module.zero_grad()
+                    with charrnn_fast.use_isa(isa):
+                        y, _ = module(x)
+                        y[-1].sum().backward()
+                    gradients = [p.grad.isfinite() for p in module.parameters()]
+                    results.append([y.isfinite(), y.isnan(), *gradients])
+                for got, want in zip(*results, strict=True):
+                    assert torch.equal(got, want)
+
+
 def test_no_memory_is_kept() -> None:
     """Resident memory is flat over thousands of calls, failing ones among them."""
     rnn = charrnn_fast.RNN(20, 40, num_layers=2)
