@@ -24,13 +24,19 @@ struct ForwardSpace {
   scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
   scalar* recurrent;  // W_hh' in panels
   scalar* bias;       // b_ih + b_hh, padded
+  // Each member's own: what its next steps make of x. It does not wait in y, where each element
+  // would be written twice: another core that fetches ahead may take the line away in between.
+  scalar* projected;  // [kChunkRows][padded H]
   size_t bytes;
 
-  ForwardSpace(const ForwardArgs<scalar>& args, void* base) : panels(args.H) {
+  ForwardSpace(const ForwardArgs<scalar>& args, int team_size, int rank, void* base)
+      : panels(args.H) {
     Arena arena(base);
     input = arena.take<scalar>(args.I * panels.padded_columns());
     recurrent = arena.take<scalar>(args.H * panels.padded_columns());
     bias = arena.take<scalar>(panels.padded_columns());
+    const int64_t chunk = kChunkRows * panels.padded_columns();
+    projected = arena.take<scalar>(team_size * chunk) + rank * chunk;
     bytes = arena.used();
   }
 };
@@ -60,7 +66,7 @@ struct StepSpace {
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
   if (is_one_step(args)) return StepSpace<scalar>(args, team_size, 0, nullptr).bytes;
-  return ForwardSpace<scalar>(args, nullptr).bytes;
+  return ForwardSpace<scalar>(args, team_size, 0, nullptr).bytes;
 }
 
 // b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
@@ -94,13 +100,13 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
   }
 }
 
-// y = x W_ih' + bias for some rows, in the columns of some panels.
+// x W_ih' + bias for some rows, one after the other, in the columns of some panels.
 template <typename scalar>
 void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range mine,
              const int64_t* rows, int64_t count) {
   const Panels<scalar>& panels = space.panels;
   scalar* out[kChunkRows];
-  for (int64_t i = 0; i < count; ++i) out[i] = args.y + rows[i] * args.ldy;
+  for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * panels.padded_columns();
   if (args.ids != nullptr) {
     const int64_t first = panels.first_column(mine.first);
     const int64_t end = panels.first_column(mine.last);
@@ -125,15 +131,16 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
 }
 
 template <Activation activation, typename scalar>
-void activate_rows(scalar* const* rows, int64_t count, int64_t first, int64_t last) {
+void activate_rows(const scalar* const* rows, scalar* const* out, int64_t count, int64_t first,
+                   int64_t last) {
   constexpr int L = kLanes<scalar>;
   for (int64_t i = 0; i < count; ++i) {
     int64_t j = first;
     for (; j + L <= last; j += L) {
-      store(rows[i] + j, activate<activation, scalar>(load(rows[i] + j)));
+      store(out[i] + j, activate<activation, scalar>(load(rows[i] + j)));
     }
     if (j < last) {
-      store_first(rows[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
+      store_first(out[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
                   last - j);
     }
   }
@@ -155,11 +162,13 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
   int64_t projected = 0;  // steps projected and not yet run
   int64_t rows[kChunkRows];
+  const int64_t ld_projected = panels.padded_columns();
+  const scalar* from_input = nullptr;  // the next row of space.projected
   const scalar* previous[kBlockSlots];
+  const scalar* init[kBlockSlots];
   scalar* current[kBlockSlots];
-  TileArgs<scalar> product = {.a = previous, .K = args.H, .init = current, .out = current};
-  product.a_step = product.init_step = product.out_step =
-      (args.reverse ? -seq.B : seq.B) * args.ldy;
+  TileArgs<scalar> product = {.a = previous, .K = args.H, .init = init, .out = current};
+  product.a_step = product.out_step = (args.reverse ? -seq.B : seq.B) * args.ldy;
   const int64_t rows_running = rows_of_running_tile(panels);
   bool backwards = false;  // through the panels: those that were read last are still in the cache
   while (walk.next()) {
@@ -172,12 +181,14 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
         ++projected;
       }
       project(args, space, mine, rows, count);
+      from_input = space.projected;
     }
 
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     int64_t active = walk.running;
     for (int64_t i = 0; i < walk.running; ++i) {
       current[i] = args.y + row_of(seq, walk.t, slots.first + i) * args.ldy;
+      init[i] = from_input + i * ld_projected;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
       previous[i] = args.y + row_of(seq, before, slots.first + i) * args.ldy;
@@ -196,6 +207,8 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       walk.run(product.steps);
     }
     projected -= product.steps;
+    product.init_step = walk.running * ld_projected;
+    from_input += product.steps * product.init_step;
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
       multiply_rows<Finish::kActivate, activation>(
@@ -203,7 +216,8 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     }
     backwards = !backwards;
     if (active < walk.running) {  // sequences that start from zeros
-      activate_rows<activation>(current + active, walk.running - active, first, last);
+      activate_rows<activation>(init + active, current + active, walk.running - active, first,
+                                last);
     }
     if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);
   }
@@ -248,7 +262,7 @@ void forward_step(const ForwardArgs<scalar>& args, const Team& team) {
       multiply_unpacked<Finish::kActivate, activation>(product, B, args.W_hh, panels, p,
                                                        space.block);
     } else {
-      activate_rows<activation>(y, B, first, last);
+      activate_rows<activation>(y, y, B, first, last);
     }
     for (int64_t i = 0; i < B; ++i) {
       std::memcpy(args.h_n + state_row_of(args.seq, i) * args.H + first, y[i] + first,
@@ -260,7 +274,7 @@ void forward_step(const ForwardArgs<scalar>& args, const Team& team) {
 template <Activation activation, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   if (is_one_step(args)) return forward_step<activation>(args, team);
-  const ForwardSpace<scalar> space(args, args.workspace);
+  const ForwardSpace<scalar> space(args, team.size, team.rank, args.workspace);
   pack_forward(args, space, team);
   wait_for(team);
   const bool hidden = args.split == Split::kHidden;
