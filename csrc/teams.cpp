@@ -25,10 +25,15 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
   // ones.
   constexpr double kBarrierCycles = 2500;
   constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
+  constexpr double kForeignCycles = 5;       // a number of delta or y that another core wrote
   constexpr double kStartCycles = 20000;     // waking the threads
   const auto recurrence = [&](double rows) { return step_cycles(layer, rows); };
   const double products = static_cast<double>(layer.N) * layer.H / kLanes *
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));
+  const auto exchange = [&](double members) {
+    const double foreign = layer.N * layer.H * (members - 1) / members;
+    return passes > 1 ? 2 * kForeignCycles * foreign : 0;
+  };
   const double steps = layer.T;
   Plan best{1, Split::kBatch, false};
   double best_cost = layer.D * (steps * recurrence(layer.B) + products);
@@ -46,13 +51,14 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
     if (at_once && (layer.D == 1 || most == 0)) continue;
     const int by_batch = static_cast<int>(std::clamp<int64_t>(layer.B, 1, most));
     const double rows = (layer.B + by_batch - 1) / by_batch;
-    consider(
-        by_batch, Split::kBatch, at_once,
-        steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) + products / by_batch);
+    consider(by_batch, Split::kBatch, at_once,
+             steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) +
+                 products / by_batch + exchange(by_batch));
     const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
     if (by_hidden > 1) {
       consider(by_hidden, Split::kHidden, at_once,
-               steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden);
+               steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden +
+                   exchange(by_hidden));
     }
   }
   return best;

@@ -85,7 +85,7 @@ def test_plans():
         ((100, 64, 128), 2, "2 threads, both directions at once"),
         ((100, 64, 128), 4, "4 threads, split by batch, both directions at once"),
         ((100, 1, 1024), 4, "4 threads, split by hidden, both directions at once"),
-        ((100, 96, 256), 3, "3 threads, split by batch"),  # one direction each would leave one idle
+        ((100, 96, 512), 3, "3 threads, split by batch"),  # one direction each would leave one idle
         ((2, 1, 8), 4, "1 thread"),  # not worth waking anybody
         ((5, 0, 64), 4, "1 thread"),
     ],
@@ -98,6 +98,14 @@ def test_both_directions_at_once(shape, threads, plan):
     assert str(explanation.forward[0]) == str(explanation.backward[0]) == plan
     one_way = explain(charrnn_fast.RNN(16, H), torch.empty(T, B, 16))
     assert not one_way.forward[0].at_once
+
+
+def test_backward_of_small_layers():
+    """What another core wrote costs more to read than it saves to divide little work."""
+    torch.set_num_threads(2)
+    for B, threads in ((4, 1), (32, 2)):
+        explanation = explain(charrnn_fast.RNN(64, 64), torch.empty(100, B, 64))
+        assert explanation.backward[0].threads == threads
 
 
 @pytest.mark.parametrize(
