@@ -1,43 +1,58 @@
 // Backward of one direction of one layer: delta first, step by step; then dx, dh0 and the weights'
-// gradients as products over rows. One thread alone does so in chunks of steps, whose rows are
-// still in the cache then.
+// gradients as products over rows. Who needs no rows of other threads does so in chunks of steps,
+// whose rows are still in the cache then.
 
 // Rows summed in one chain of a weight's gradient; blocks of them are added up.
 constexpr int64_t kGradientRows = kChainTerms;
 // Rows of a chunk.
 constexpr int64_t kBackwardRows = 2 * kGradientRows;
 
+// Sums over the rows of one part of the sequences (see gradient_parts); null where not asked for.
+template <typename scalar>
+struct WeightSums {
+  scalar* dW_ih;  // [H, I]
+  scalar* dW_hh;  // [H, H]
+  scalar* db;     // [H]
+  double* table;  // for ids: dW_ih', [I, H]
+};
+
 template <typename scalar>
 struct BackwardSpace {
+  static constexpr int kMostParts = 2;
+
   Panels<scalar> hidden;  // columns of W_hh, of dW_hh
   Panels<scalar> inputs;  // columns of W_ih, of dW_ih
   scalar* recurrent;      // W_hh in panels
   scalar* input;          // W_ih in panels
   scalar* zeros;          // a row for whatever is absent
+  int parts;
+  WeightSums<scalar> sums[kMostParts];  // the first part's are the results themselves
   // Each member's own:
-  scalar* left = nullptr;   // delta' in tiles
-  scalar* right = nullptr;  // a panel of y_prev or of x
-  double* table = nullptr;  // for ids: dW_ih' of the member's units, [I][units]
+  scalar* left;   // delta' in tiles
+  scalar* right;  // a panel of y_prev or of x
   size_t bytes;
 
   BackwardSpace(const BackwardArgs<scalar>& args, int team_size, int rank, void* base)
-      : hidden(args.H), inputs(args.I) {
+      : hidden(args.H), inputs(args.I), parts(gradient_parts(args.seq.B, args.seq.N, args.H)) {
     Arena arena(base);
     recurrent = arena.take<scalar>(args.H * hidden.padded_columns());
     input = args.dx != nullptr ? arena.take<scalar>(args.H * inputs.padded_columns()) : nullptr;
     zeros = arena.take<scalar>(zero_columns());
-    const int64_t units = (args.H + team_size - 1) / team_size;
-    for (int member = 0; member < team_size; ++member) {
-      scalar* l = arena.take<scalar>(packed_tiles<scalar>(units));
-      scalar* r = arena.take<scalar>(widest_panel() * kLanes<scalar> * kGradientRows);
-      double* t = args.ids != nullptr && args.dW_ih != nullptr ? arena.take<double>(args.I * units)
-                                                               : nullptr;
-      if (member == rank) {
-        left = l;
-        right = r;
-        table = t;
-      }
+    const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
+    const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
+    for (int part = 0; part < parts; ++part) {
+      const auto take = [&](bool wanted, scalar* result, int64_t n) {
+        return part == 0 ? result : wanted ? arena.take<scalar>(n) : nullptr;
+      };
+      sums[part] = {take(dense, dense ? args.dW_ih : nullptr, args.H * args.I),
+                    take(args.dW_hh != nullptr, args.dW_hh, args.H * args.H),
+                    take(args.db != nullptr, args.db, args.H),
+                    tokens ? arena.take<double>(args.I * args.H) : nullptr};
     }
+    const int64_t tiles = packed_tiles<scalar>(args.H);
+    const int64_t panel = widest_panel() * kLanes<scalar> * kGradientRows;
+    left = arena.take<scalar>(team_size * tiles) + rank * tiles;
+    right = arena.take<scalar>(team_size * panel) + rank * panel;
     bytes = arena.used();
   }
 
@@ -220,25 +235,25 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) 
 // dW_ih, dW_hh and db of the units in a range are sums over rows, taken in the order in which delta
 // is computed: zero first.
 template <typename scalar>
-void zero_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                  Range units) {
+void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<scalar>& sums, Range units) {
   const int64_t count = units.last - units.first;
-  if (count == 0) return;
   const auto zero = [&](scalar* p, int64_t columns) {
     if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(scalar));
   };
-  zero(args.dW_ih, args.I);
-  zero(args.dW_hh, args.H);
-  zero(args.db, 1);
-  if (space.table != nullptr) std::memset(space.table, 0, args.I * count * sizeof(double));
+  zero(sums.dW_ih, args.I);
+  zero(sums.dW_hh, args.H);
+  zero(sums.db, 1);
+  if (sums.table == nullptr) return;
+  for (int64_t v = 0; v < args.I; ++v) {
+    std::memset(sums.table + v * args.H + units.first, 0, count * sizeof(double));
+  }
 }
 
 // Then the next rows of a walk: a multiple of kGradientRows, or what is left.
 template <typename scalar>
-void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space, Range units,
-                 RowWalk& walk, int64_t total) {
+void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                 const WeightSums<scalar>& sums, Range units, RowWalk& walk, int64_t total) {
   const int64_t count = units.last - units.first;
-  const bool dense_input = args.dW_ih != nullptr && args.ids == nullptr;
   if (count == 0) return;
   const scalar* delta[kGradientRows];
   const scalar* x[kGradientRows];
@@ -246,10 +261,11 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
   for (int64_t done = 0; done < total;) {
     const int64_t K = total - done < kGradientRows ? total - done : kGradientRows;
     done += K;
+    const int64_t first_row = row_of(args.seq, walk.t, walk.slot);
     for (int64_t k = 0; k < K; ++k, walk.next()) {
       const int64_t row = row_of(args.seq, walk.t, walk.slot);
       delta[k] = args.delta + row * args.H;
-      if (dense_input) x[k] = args.x + row * args.ldx;
+      if (sums.dW_ih != nullptr) x[k] = args.x + row * args.ldx;
       if (walk.t == first_step(args.seq, walk.slot, args.reverse)) {
         y_previous[k] =
             args.h0 != nullptr ? args.h0 + state_row_of(args.seq, walk.slot) * args.H : space.zeros;
@@ -257,13 +273,13 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
         y_previous[k] = args.y + row_of(args.seq, before, walk.slot) * args.ldy;
       }
-      if (space.table != nullptr) {
-        double* entry = space.table + args.ids[row] * count;
-        for (int64_t j = 0; j < count; ++j) entry[j] += delta[k][units.first + j];
+      if (sums.table != nullptr) {
+        double* entry = sums.table + args.ids[row] * args.H;
+        for (int64_t j = units.first; j < units.last; ++j) entry[j] += delta[k][j];
       }
     }
     pack_columns(delta, K, units.first, count, space.left);
-    if (args.db != nullptr) add_rows(delta, K, units, args.db);
+    if (sums.db != nullptr) add_rows(delta, K, units, sums.db);
     // `then` is what is packed after the last panel: of the next block, whose rows are usually as
     // far apart.
     const auto product = [&](const scalar* const* b, const Panels<scalar>& panels, scalar* dW,
@@ -280,55 +296,100 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
                                 int64_t offset) {
       return Ahead<scalar>{rows, offset, offset + panels.first_column(1)};
     };
-    const int64_t further = args.reverse ? K : -K;
+    const int64_t further = walk.ended() ? 0 : row_of(args.seq, walk.t, walk.slot) - first_row;
     const Ahead<scalar> next_delta = {delta, further * args.H + units.first,
                                       further * args.H + units.last};
     const Ahead<scalar> next_x = first_panel(x, space.inputs, further * args.ldx);
     const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, further * args.ldy);
-    if (dense_input) {
-      if (args.dW_hh != nullptr) {
-        product(x, space.inputs, args.dW_ih, first_panel(y_previous, space.hidden, 0), {x, 0, 0});
+    if (sums.dW_ih != nullptr) {
+      if (sums.dW_hh != nullptr) {
+        product(x, space.inputs, sums.dW_ih, first_panel(y_previous, space.hidden, 0), {x, 0, 0});
       } else {
-        product(x, space.inputs, args.dW_ih, next_x, next_delta);
+        product(x, space.inputs, sums.dW_ih, next_x, next_delta);
       }
     }
-    if (args.dW_hh != nullptr) {
-      product(y_previous, space.hidden, args.dW_hh, dense_input ? next_x : next_y, next_delta);
+    if (sums.dW_hh != nullptr) {
+      product(y_previous, space.hidden, sums.dW_hh, sums.dW_ih != nullptr ? next_x : next_y,
+              next_delta);
     }
   }
 }
 
-// And, for ids, out of the table.
+// And at last the sums of all parts together, in the first one's place.
 template <typename scalar>
-void store_table(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                 Range units) {
-  const int64_t count = units.last - units.first;
-  for (int64_t j = 0; j < count; ++j) {
-    scalar* row = args.dW_ih + (units.first + j) * args.I;
-    for (int64_t v = 0; v < args.I; ++v) row[v] = static_cast<scalar>(space.table[v * count + j]);
+void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                   Range units) {
+  constexpr int L = kLanes<scalar>;
+  const auto add = [&](scalar* to, const scalar* from, int64_t columns) {
+    if (to == nullptr) return;
+    for (int64_t j = units.first * columns, end = units.last * columns; j < end; j += L) {
+      const int64_t n = end - j < L ? end - j : L;
+      store_lanes(to + j, load_lanes(to + j, n) + load_lanes(from + j, n), n);
+    }
+  };
+  const WeightSums<scalar>& first = space.sums[0];
+  for (int part = 1; part < space.parts; ++part) {
+    add(first.dW_ih, space.sums[part].dW_ih, args.I);
+    add(first.dW_hh, space.sums[part].dW_hh, args.H);
+    add(first.db, space.sums[part].db, 1);
+  }
+  if (first.table == nullptr) return;
+  for (int64_t j = units.first; j < units.last; ++j) {
+    for (int64_t v = 0; v < args.I; ++v) {
+      double sum = 0;
+      for (int part = 0; part < space.parts; ++part) sum += space.sums[part].table[v * args.H + j];
+      args.dW_ih[j * args.I + v] = static_cast<scalar>(sum);
+    }
   }
 }
+
+// The rows of a part, on their way into its sums.
+struct RowsOfPart {
+  RowsOfPart(const Sequences& seq, int part, int parts, bool down)
+      : slots{first_slot_of_part(seq, part, parts), first_slot_of_part(seq, part + 1, parts)},
+        walk(seq, slots, down) {}
+
+  Range slots;
+  RowWalk walk;
+  int64_t summable = 0;  // whose delta is known, and which are not yet summed
+};
 
 template <Activation activation, typename scalar>
 void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   const BackwardSpace<scalar> space(args, team.size, team.rank, args.workspace);
+  const Sequences& seq = args.seq;
   pack_backward(args, space, team);
   wait_for(team);
+
+  // Members that share the hidden units are one group. Else there may be groups, each of which has
+  // parts of its own: it needs no rows of the others.
   const bool hidden = args.split == Split::kHidden;
+  const int groups = hidden || team.size % space.parts != 0 ? 1 : space.parts;
+  const Team group = {team.rank % (team.size / groups), team.size / groups, team.barrier,
+                      team.state};
+  const int parts_each = space.parts / groups;
+  const int first_part = team.rank / group.size * parts_each;
+  const int last_part = first_part + parts_each;
+  static_assert(BackwardSpace<scalar>::kMostParts == 2);
+  RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
+                       {seq, space.parts - 1, space.parts, !args.reverse}};
+  const Range group_slots = {rows[first_part].slots.first, rows[last_part - 1].slots.last};
+
   const Range panels = hidden ? share(space.hidden.count, team) : Range{0, space.hidden.count};
-  const Range slots = hidden ? Range{0, args.seq.B} : share(args.seq.B, team);
+  const Range slots = hidden ? group_slots : share(group_slots, group);
   const int64_t n = slots.last - slots.first;
   const int64_t blocks = (n + kBlockSlots - 1) / kBlockSlots;
 
   const bool weights = args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr;
-  const Range units = share(args.H, team);
-  if (weights) zero_weights(args, space, units);
-  RowWalk input_rows(args.seq, !args.reverse), weight_rows = input_rows;
-  int64_t summable = 0;  // rows whose delta is known and not yet in the weights' gradients
+  const Range units = share(args.H, group);
+  for (int part = first_part; weights && part < last_part; ++part) {
+    zero_weights(args, space.sums[part], units);
+  }
+  RowWalk input_rows(seq, group_slots, !args.reverse);
 
-  const int64_t T = length_of(args.seq, 0);
-  const int64_t at_once = kBackwardRows / args.seq.B;
-  const int64_t chunk = team.size > 1 ? T : at_once > 1 ? at_once : 1;
+  const int64_t T = length_of(seq, group_slots.first);
+  const int64_t at_once = kBackwardRows / (n > 0 ? n : 1);
+  const int64_t chunk = group.size > 1 ? T : at_once > 1 ? at_once : 1;
   for (int64_t done = 0; done < T; done += chunk) {
     const int64_t end = done + chunk < T ? done + chunk : T;
     const Range steps = args.reverse ? Range{done, end} : Range{T - end, T - done};
@@ -336,22 +397,26 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
       const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
       backward_block<activation>(args, space, steps, block, panels, hidden ? &team : nullptr);
     }
-    wait_for(team);
-    const int64_t rows = rows_in(args.seq, steps);
+    wait_for(group);
     if (args.dx != nullptr) {
-      const Range mine = share(rows, team);
-      if (team.size > 1) input_rows.seek(mine.first);
+      const Range mine = share(rows_in(seq, group_slots, steps), group);
+      if (group.size > 1) input_rows.seek(mine.first);
       backward_input(args, space, input_rows, mine.last - mine.first);
     }
-    if (weights) {
-      summable += rows;
-      const int64_t now = end == T ? summable : summable / kGradientRows * kGradientRows;
-      add_weights(args, space, units, weight_rows, now);
-      summable -= now;
+    for (int part = first_part; weights && part < last_part; ++part) {
+      RowsOfPart& of_part = rows[part];
+      of_part.summable += rows_in(seq, of_part.slots, steps);
+      const int64_t now =
+          end == T ? of_part.summable : of_part.summable / kGradientRows * kGradientRows;
+      add_weights(args, space, space.sums[part], units, of_part.walk, now);
+      of_part.summable -= now;
     }
   }
-  if (space.table != nullptr) store_table(args, space, units);
-  if (args.dh0 != nullptr) backward_state(args, space, share(args.seq.B, team));
+  if (args.dh0 != nullptr) backward_state(args, space, hidden ? share(seq.B, team) : slots);
+  if (weights) {
+    if (groups > 1) wait_for(team);
+    combine_parts(args, space, share(args.H, team));
+  }
 }
 
 template <typename scalar>

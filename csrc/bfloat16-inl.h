@@ -603,7 +603,7 @@ void backward_block(const BackwardArgs<bfloat16>& args, const BFloat16BackwardSp
 // dx = delta W_ih for a share of all rows.
 inline void backward_input(const BackwardArgs<bfloat16>& args, const BFloat16BackwardSpace& space,
                            Range mine) {
-  RowWalk walk(args.seq);
+  RowWalk walk(args.seq, {0, args.seq.B}, false);
   walk.seek(mine.first);
   const bfloat16* delta[kChunkRows];
   bfloat16* dx[kChunkRows];
@@ -667,7 +667,7 @@ inline void backward_weights(const BackwardArgs<bfloat16>& args, const BFloat16B
   zero(space.table, count * args.I);
 
   const int64_t total = rows_in(args.seq);
-  RowWalk walk(args.seq);
+  RowWalk walk(args.seq, {0, args.seq.B}, false);
   const bfloat16* delta[kPairedGradientRows];
   const bfloat16* x[kPairedGradientRows];
   const bfloat16* y_previous[kPairedGradientRows];

@@ -71,6 +71,14 @@ struct ForwardArgs {
   void* workspace;  // forward_workspace(args, team size) bytes, 64-byte aligned
 };
 
+// The weights' gradients are sums over all rows. Where those are many, the sequences are divided in
+// parts, each summed on its own, and the sums are added: as many threads then need not read each
+// other's rows. Large sums would leave the cache for that. The shape alone decides, so that the
+// bits do not depend on the threads.
+inline int gradient_parts(int64_t B, int64_t N, int64_t H) {
+  return B >= 4 && N >= 256 && H <= 256 ? 2 : 1;
+}
+
 // The same, backward. With delta_t the gradient of the sum inside act at step t:
 //   delta_t = (dy_t + delta_{t+1} W_hh) * act'(y_t)      dx = delta W_ih      dh0 = delta_first
 //   W_hh dW_ih = delta' x      dW_hh = delta' y_prev      db = sum of delta over rows

@@ -88,21 +88,23 @@ class StepWalk {
   bool down_;
 };
 
-// All rows inside sequences, in order of step, up or down, and slot.
+// The rows of slots [slots.first, slots.last), in order of step, up or down, and slot.
 class RowWalk {
  public:
-  explicit RowWalk(const Sequences& seq, bool down = false)
-      : t(down ? length_of(seq, 0) - 1 : 0),
-        seq_(seq),
-        running_(down && seq.lengths != nullptr ? 0 : seq.B),
-        down_(down) {
+  RowWalk(const Sequences& seq, Range slots, bool down)
+      : t(0), slot(slots.first), seq_(seq), slots_(slots), end_(slots.last), down_(down) {
+    if (slots.first == slots.last) return;
+    if (down) {
+      t = length_of(seq, slots.first) - 1;  // lengths fall
+      if (seq.lengths != nullptr) end_ = slots.first;
+    }
     settle();
   }
 
   // Skips to the row of a place in this order.
   void seek(int64_t place) {
     while (place > 0) {
-      const int64_t left = running_ - slot;
+      const int64_t left = end_ - slot;
       if (place < left) {
         slot += place;
         return;
@@ -112,45 +114,58 @@ class RowWalk {
     }
   }
   void next() {
-    if (++slot == running_) step();
+    if (++slot == end_) step();
   }
+  bool ended() const { return t < 0 || t >= seq_.T || end_ == slots_.first; }
 
   int64_t t;
-  int64_t slot = 0;
+  int64_t slot;
 
  private:
   void step() {
     t += down_ ? -1 : 1;
-    slot = 0;
+    slot = slots_.first;
     settle();
   }
   void settle() {
     if (seq_.lengths == nullptr) return;
     if (down_) {
-      while (running_ < seq_.B && seq_.lengths[running_] > t) ++running_;
+      while (end_ < slots_.last && seq_.lengths[end_] > t) ++end_;
     } else {
-      while (running_ > 0 && seq_.lengths[running_ - 1] <= t) --running_;
+      while (end_ > slots_.first && seq_.lengths[end_ - 1] <= t) --end_;
     }
   }
 
   const Sequences& seq_;
-  int64_t running_;
+  Range slots_;
+  int64_t end_;  // of the slots that run at t
   bool down_;
 };
 
-// Rows of the steps in a range.
-inline int64_t rows_in(const Sequences& seq, Range steps) {
-  if (seq.lengths == nullptr) return (steps.last - steps.first) * seq.B;
+// Rows of some slots at the steps in a range.
+inline int64_t rows_in(const Sequences& seq, Range slots, Range steps) {
+  if (seq.lengths == nullptr) return (steps.last - steps.first) * (slots.last - slots.first);
   int64_t rows = 0;
-  for (int64_t i = 0; i < seq.B && seq.lengths[i] > steps.first; ++i) {
+  for (int64_t i = slots.first; i < slots.last && seq.lengths[i] > steps.first; ++i) {
     rows += (seq.lengths[i] < steps.last ? seq.lengths[i] : steps.last) - steps.first;
   }
   return rows;
 }
-inline int64_t rows_in(const Sequences& seq) { return rows_in(seq, {0, seq.T}); }
+inline int64_t rows_in(const Sequences& seq) { return rows_in(seq, {0, seq.B}, {0, seq.T}); }
 
-inline Range share(int64_t n, const Team& team) {
-  return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
+inline Range share(Range range, const Team& team) {
+  const int64_t n = range.last - range.first;
+  return {range.first + n * team.rank / team.size, range.first + n * (team.rank + 1) / team.size};
+}
+inline Range share(int64_t n, const Team& team) { return share(Range{0, n}, team); }
+
+// Where the slots of a part of gradient_parts begin: all parts have about as many rows.
+inline int64_t first_slot_of_part(const Sequences& seq, int64_t part, int64_t parts) {
+  if (seq.lengths == nullptr) return seq.B * part / parts;
+  const int64_t before = rows_in(seq) * part / parts;
+  int64_t slot = 0;
+  for (int64_t rows = 0; rows < before; ++slot) rows += seq.lengths[slot];
+  return slot;
 }
 
 inline void wait_for(const Team& team) {

@@ -27,11 +27,13 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
   constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
   constexpr double kForeignCycles = 5;       // a number of delta or y that another core wrote
   constexpr double kStartCycles = 20000;     // waking the threads
+  const int parts = gradient_parts(layer.B, layer.N, layer.H);
   const auto recurrence = [&](double rows) { return step_cycles(layer, rows); };
   const double products = static_cast<double>(layer.N) * layer.H / kLanes *
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));
-  const auto exchange = [&](double members) {
-    const double foreign = layer.N * layer.H * (members - 1) / members;
+  const auto exchange = [&](int members, bool by_parts) {
+    const int groups = by_parts && members % parts == 0 ? parts : 1;
+    const double foreign = layer.N * layer.H * (members - groups) / members;
     return passes > 1 ? 2 * kForeignCycles * foreign : 0;
   };
   const double steps = layer.T;
@@ -53,12 +55,12 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
     const double rows = (layer.B + by_batch - 1) / by_batch;
     consider(by_batch, Split::kBatch, at_once,
              steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) +
-                 products / by_batch + exchange(by_batch));
+                 products / by_batch + exchange(by_batch, true));
     const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
     if (by_hidden > 1) {
       consider(by_hidden, Split::kHidden, at_once,
                steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden +
-                   exchange(by_hidden));
+                   exchange(by_hidden, false));
     }
   }
   return best;

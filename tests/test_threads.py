@@ -87,7 +87,7 @@ def test_same_bits_for_any_number_of_threads(isa, shape):
 
 @pytest.mark.parametrize("B", [5, 40, 150])
 def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, B):
-    """One thread alone sums gradients chunk by chunk; a team after all steps, in the same order."""
+    """Members sum gradients chunk by chunk, or after all steps, but in one order."""
     T, H = 90, 96
     rnn = charrnn_fast.RNN(8, H, bidirectional=True)
     x = torch.randn(T, B, 8)
