@@ -23,6 +23,10 @@ SIZES = {
     "tutorial": {"num_layers": 1, "hidden_size": 12, "batch_size": 3, "seq_length": 16},
 }
 
+# Seconds of a turn: some steps in a row, as in training. In a turn of one step all that it reads
+# was pushed out of the caches by the other sides, and its threads were asleep.
+TURN = 0.05
+
 
 @pytest.fixture
 def trainer_of(tmp_path):
@@ -99,7 +103,8 @@ def bench_training(size, trainer_of, side_by_side):
     for name in ("nn.RNN", "plain loop"):
         torch.testing.assert_close(losses["module"], losses[name], rtol=1e-4, atol=0)
     shape = shape_of(trainer)
-    side_by_side(f"charlm training {size}", shape, sides, characters=shape.B * shape.T)
+    info = {"characters": shape.B * shape.T}
+    side_by_side(f"charlm training {size}", shape, sides, round_time=TURN, **info)
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -116,7 +121,8 @@ def bench_training_threads(trainer_of, side_by_side):
         sides.append(Side(name, run, None, prepare, True, {"threads": threads}))
     assert torch.equal(*losses)
     shape = shape_of(trainer)
-    side_by_side("charlm training threads", shape, sides, characters=shape.B * shape.T)
+    info = {"characters": shape.B * shape.T}
+    side_by_side("charlm training threads", shape, sides, round_time=TURN, **info)
 
 
 @pytest.mark.parametrize("streams", [1, 64])

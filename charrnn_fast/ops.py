@@ -92,8 +92,10 @@ def rnn_layer(
     return y, h_n
 
 
-def linear_backward(gradient: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a linear layer's input and weight, in one call.
+def linear_backward(
+    gradient: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a linear layer's input, weight and bias, in one call.
 
     Args:
         gradient: ``(N, V)``, of the layer's output.
@@ -103,22 +105,22 @@ def linear_backward(gradient: Tensor, input: Tensor, weight: Tensor) -> tuple[Te
     A linear layer is the first step of a relu layer where its output is positive.
     """
     V = len(weight)
-    # Never read, as there is no step before; so memory that is never touched.
-    W_hh = weight.new_empty(V, V)
-    dx, _, dW, _ = torch.ops.charrnn_fast.rnn_layer_backward.default(
+    # Never read, as there is no step before, nor are the biases; so memory that is never touched.
+    W_hh, bias = weight.new_empty(V, V), weight.new_empty(V)
+    dx, _, dW, _, db, _ = torch.ops.charrnn_fast.rnn_layer_backward.default(
         gradient[None],
         None,
         input[None],
         None,
-        [weight, W_hh],
-        torch.ones_like(gradient)[None],
+        [weight, W_hh, bias, bias],
+        weight.new_ones(V).expand(1, *gradient.shape),
         None,
         None,
         MODES["relu"],
-        False,
-        [True, False, True, False],
+        True,
+        [True, False, True, False, True, False],
     )
-    return dx[0], dW
+    return dx[0], dW, db
 
 
 def batch_first(output: Tensor) -> Tensor:

@@ -207,28 +207,41 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   }
 }
 
-// out[j] += sum of rows[k][j], for j in a range.
+// out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which rounds
+// less.
 template <typename scalar>
 void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) {
   constexpr int L = kLanes<scalar>;
   constexpr int kVectors = 8;
+  constexpr int64_t kRows = 16;
   int64_t j = columns.first;
   for (; j + kVectors * L <= columns.last; j += kVectors * L) {  // a few whole cache lines a row
-    Vec<scalar> sum[kVectors] = {};
-    for (int64_t k = 0; k < K; ++k) {
+    Vec<scalar> total[kVectors] = {};
+    for (int64_t k = 0; k < K;) {
+      Vec<scalar> sum[kVectors] = {};
+      for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) sum[i] += load(rows[k] + j + i * L);
+        for (int i = 0; i < kVectors; ++i) sum[i] += load(rows[k] + j + i * L);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      store(out + j + i * L, load(out + j + i * L) + sum[i]);
+      store(out + j + i * L, load(out + j + i * L) + total[i]);
     }
   }
   for (; j < columns.last; j += L) {
     const int64_t n = columns.last - j < L ? columns.last - j : L;
-    Vec<scalar> sum = {};
-    for (int64_t k = 0; k < K; ++k) sum += load_lanes(rows[k] + j, n);
-    store_lanes(out + j, load_lanes(out + j, n) + sum, n);
+    Vec<scalar> total = {};
+    for (int64_t k = 0; k < K;) {
+      Vec<scalar> sum = {};
+      for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
+        sum += load_lanes(rows[k] + j, n);
+      }
+      total += sum;
+    }
+    store_lanes(out + j, load_lanes(out + j, n) + total, n);
   }
 }
 

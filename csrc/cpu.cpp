@@ -211,6 +211,13 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
   return {y, h_n};
 }
 
+// The tensor as it is where its rows lie equally far apart, be it at distance 0; else a copy.
+at::Tensor with_regular_rows(const at::Tensor& y) {
+  const bool regular = y.stride(-1) == 1 && (y.dim() == 2 || y.size(0) == 1 ||
+                                             y.stride(0) == y.size(1) * y.stride(1));
+  return regular ? y : y.contiguous();
+}
+
 template <typename scalar>
 void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Optional& dy,
                     const Optional& dh_n, const at::Tensor& input, const Optional& hx,
@@ -248,7 +255,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .W_hh = data<scalar>(w[1]),
         .h0 = h0 != nullptr ? h0 + d * state : nullptr,
         .y = data<scalar>(y) + d * layer.H,
-        .ldy = layer.D * layer.H,
+        .ldy = y.stride(-2),
         .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
         .lddy = layer.D * layer.H,
         .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
@@ -303,7 +310,7 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
                                lengths_, mode, has_biases, needs),
         dtype);
   }
-  const at::Tensor input = input_.contiguous(), y = y_.contiguous();
+  const at::Tensor input = input_.contiguous(), y = with_regular_rows(y_);
   const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);
   const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
   std::vector<at::Tensor> copies;

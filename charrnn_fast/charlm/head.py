@@ -61,8 +61,8 @@ class Linear(torch.autograd.Function):
         x, delta = input.flatten(0, 1), gradient.flatten(0, 1)
         if torch.is_grad_enabled():  # second derivatives are wanted: products that have them
             return (delta @ weight).view_as(input), delta.t() @ x, delta.sum(0)
-        dx, dW = ops.linear_backward(delta, x, weight)
-        return dx.view_as(input), dW, delta.sum(0)
+        dx, dW, db = ops.linear_backward(delta, x, weight)
+        return dx.view_as(input), dW, db
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
