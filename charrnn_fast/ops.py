@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,35 +92,12 @@ def rnn_layer(
     return y, h_n
 
 
-def linear_backward(
-    gradient: Tensor, input: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a linear layer's input, weight and bias, in one call.
+def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear``, by a kernel where all are float32 or float64 on the CPU.
 
-    Args:
-        gradient: ``(N, V)``, of the layer's output.
-        input: ``(N, H)``.
-        weight: ``(V, H)``.
-
-    A linear layer is the first step of a relu layer where its output is positive.
+    The bits of the result and of its gradients do not depend on the number of threads.
     """
-    V = len(weight)
-    # Never read, as there is no step before, nor are the biases; so memory that is never touched.
-    W_hh, bias = weight.new_empty(V, V), weight.new_empty(V)
-    dx, _, dW, _, db, _ = torch.ops.charrnn_fast.rnn_layer_backward.default(
-        gradient[None],
-        None,
-        input[None],
-        None,
-        [weight, W_hh, bias, bias],
-        weight.new_ones(V).expand(1, *gradient.shape),
-        None,
-        None,
-        MODES["relu"],
-        True,
-        [True, False, True, False, True, False],
-    )
-    return dx[0], dW, db
+    return cast(Tensor, torch.ops.charrnn_fast.linear.default(input, weight, bias))
 
 
 def batch_first(output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Autograd of the two ops. A Node of our own rather than a torch::autograd::Function: it costs less
+// Autograd of the ops. A Node of our own rather than a torch::autograd::Function: it costs less
 // per call and works inside torch.func's grad, which refuses the latter.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
@@ -31,6 +31,19 @@ const auto& layer_backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("charrnn_fast::rnn_layer_backward", "")
                              .typed<LayerBackwardOp>();
+  return op;
+}
+
+const auto& linear_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("charrnn_fast::linear", "").typed<LinearOp>();
+  return op;
+}
+
+const auto& linear_backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("charrnn_fast::linear_backward", "")
+                             .typed<LinearBackwardOp>();
   return op;
 }
 
@@ -228,7 +241,76 @@ std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Opti
                                         weights, y, batch_sizes, lengths, mode, has_biases, needs);
 }
 
+struct LinearBackward : public Node {
+  std::string name() const override { return "LinearBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    input.reset_data();
+    weight.reset_data();
+    released = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list result(3);
+    if (!grads[0].defined()) return result;
+    auto computed = linear_backward_op().call(grads[0], input.unpack(), weight.unpack());
+    for (size_t i = 0; i < result.size(); ++i) {
+      if (task_should_compute_output(i)) result[i] = std::move(computed[i]);
+    }
+    return result;
+  }
+
+  SavedVariable input, weight;
+  bool released = false;
+};
+
+Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                       const Tensor& bias) {
+  using torch::autograd::isFwGradDefined;
+  if (!linear_is_served(input, weight, bias) || isFwGradDefined(input) || isFwGradDefined(weight) ||
+      isFwGradDefined(bias)) {
+    return composite::linear(input, weight, bias);
+  }
+  const bool recorded = torch::autograd::compute_requires_grad(input, weight, bias);
+  Tensor y = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_op().redispatch(keys & c10::after_autograd_keyset, input, weight, bias);
+  }();
+  if (!recorded) return y;
+  auto node = make_node<LinearBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias));
+  node->input = SavedVariable(input, false);
+  node->weight = SavedVariable(weight, false);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+// As layer_backward_autograd.
+std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& dy,
+                                             const Tensor& input, const Tensor& weight) {
+  using torch::autograd::isFwGradDefined;
+  if (torch::autograd::compute_requires_grad(dy, input, weight) || isFwGradDefined(dy) ||
+      isFwGradDefined(input) || isFwGradDefined(weight)) {
+    return composite::linear_backward(dy, input, weight);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return linear_backward_op().redispatch(keys & c10::after_autograd_keyset, dy, input, weight);
+}
+
 }  // namespace
+
+std::vector<Tensor> call_layer_backward(const Optional& dy, const Optional& dh_n,
+                                        const Tensor& input, const Optional& hx,
+                                        at::TensorList weights, const Tensor& y,
+                                        const Optional& batch_sizes, const Optional& lengths,
+                                        std::string_view mode, bool has_biases,
+                                        c10::List<bool> needs) {
+  return layer_backward_op().call(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode,
+                                  has_biases, needs);
+}
 
 Pair call_layer(const Tensor& input, const Optional& hx, at::TensorList weights,
                 const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
@@ -239,6 +321,8 @@ Pair call_layer(const Tensor& input, const Optional& hx, at::TensorList weights,
 TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {
   m.impl("rnn_layer", TORCH_FN(layer_autograd));
   m.impl("rnn_layer_backward", TORCH_FN(layer_backward_autograd));
+  m.impl("linear", TORCH_FN(linear_autograd));
+  m.impl("linear_backward", TORCH_FN(linear_backward_autograd));
 }
 
 }  // namespace charrnn_fast

@@ -207,8 +207,8 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   }
 }
 
-// out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which rounds
-// less.
+// out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which
+// rounds less.
 template <typename scalar>
 void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) {
   constexpr int L = kLanes<scalar>;

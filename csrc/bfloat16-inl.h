@@ -771,4 +771,6 @@ constexpr Kernels<bfloat16> kBFloat16Kernels = {bfloat16_all_finite,
                                                 bfloat16_backward_workspace,
                                                 bfloat16_backward,
                                                 nullptr,
+                                                nullptr,
+                                                nullptr,
                                                 nullptr};

@@ -213,8 +213,8 @@ Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList
 
 // The tensor as it is where its rows lie equally far apart, be it at distance 0; else a copy.
 at::Tensor with_regular_rows(const at::Tensor& y) {
-  const bool regular = y.stride(-1) == 1 && (y.dim() == 2 || y.size(0) == 1 ||
-                                             y.stride(0) == y.size(1) * y.stride(1));
+  const bool regular = y.stride(-1) == 1 &&
+                       (y.dim() == 2 || y.size(0) == 1 || y.stride(0) == y.size(1) * y.stride(1));
   return regular ? y : y.contiguous();
 }
 

@@ -7,10 +7,12 @@
 #include "sequences-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
+#include "linear-inl.h"
 #include "generate-inl.h"
 // clang-format on
 
 template <typename scalar>
 constexpr Kernels<scalar> kernels = {
-    all_finite<scalar>, forward_workspace<scalar>,  forward<scalar>, backward_workspace<scalar>,
-    backward<scalar>,   generate_workspace<scalar>, generate<scalar>};
+    all_finite<scalar>, forward_workspace<scalar>, forward<scalar>, backward_workspace<scalar>,
+    backward<scalar>,   linear_workspace<scalar>,  linear<scalar>,  generate_workspace<scalar>,
+    generate<scalar>};

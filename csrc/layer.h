@@ -31,6 +31,11 @@ using LayerBackwardOp = std::vector<at::Tensor>(const Optional& dy, const Option
                                                 const Optional& lengths, std::string_view mode,
                                                 bool has_biases, c10::List<bool> needs);
 
+using LinearOp = at::Tensor(const at::Tensor& input, const at::Tensor& weight,
+                            const at::Tensor& bias);
+using LinearBackwardOp = std::vector<at::Tensor>(const at::Tensor& dy, const at::Tensor& input,
+                                                 const at::Tensor& weight);
+
 // Sizes of one call of rnn_layer.
 struct Layer {
   int64_t T;    // steps
@@ -80,6 +85,9 @@ struct Plan {
 Plan plan_forward(const Layer& layer);
 Plan plan_backward(const Layer& layer);
 
+// Threads that so many multiply-adds are worth.
+int threads_for(double products);
+
 // The dtype whose CPU kernels serve `dtype` with the ISA in use. Where it is another, tensors are
 // converted on the way in and results on the way out: states and sums then are float32 from the
 // first step to the last.
@@ -95,6 +103,9 @@ std::vector<at::Tensor> backward(const Optional& dy, const Optional& dh_n, const
                                  const Optional& batch_sizes, const Optional& lengths,
                                  std::string_view mode, bool has_biases,
                                  const c10::List<bool>& needs);
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
+std::vector<at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& input,
+                                        const at::Tensor& weight);  // [dx, dW, db]
 }  // namespace composite
 
 // The stack of layers: the op `rnn`.
@@ -102,7 +113,17 @@ Pair rnn(const at::Tensor& input, const Optional& hx, at::TensorList params,
          const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
          bool has_biases, int64_t num_layers, double dropout, bool train, bool bidirectional);
 
-// Calls the op through the dispatcher.
+// Whether the CPU kernel serves these arguments of the op `linear`; else at::linear does, or says
+// what is wrong with them.
+bool linear_is_served(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
+
+// Call the ops through the dispatcher.
+std::vector<at::Tensor> call_layer_backward(const Optional& dy, const Optional& dh_n,
+                                            const at::Tensor& input, const Optional& hx,
+                                            at::TensorList weights, const at::Tensor& y,
+                                            const Optional& batch_sizes, const Optional& lengths,
+                                            std::string_view mode, bool has_biases,
+                                            c10::List<bool> needs);
 Pair call_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
                 const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
                 bool has_biases);

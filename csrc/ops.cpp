@@ -86,6 +86,9 @@ TORCH_LIBRARY(charrnn_fast, m) {
       "Tensor y, Tensor? batch_sizes, Tensor? lengths, str mode, bool has_biases, bool[] needs) "
       "-> Tensor[]",
       {at::Tag::pt2_compliant_tag});
+  m.def("linear(Tensor input, Tensor weight, Tensor bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_backward(Tensor dy, Tensor input, Tensor weight) -> Tensor[]",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CompositeImplicitAutograd, m) { m.impl("rnn", TORCH_FN(rnn)); }

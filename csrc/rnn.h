@@ -110,6 +110,17 @@ struct BackwardArgs {
   void* workspace;     // backward_workspace(args, team size) bytes, 64-byte aligned
 };
 
+// A linear layer over rows:  y = x W' + b.
+template <typename scalar>
+struct LinearArgs {
+  int64_t N, I, H;
+  const scalar* x;  // [N, I]
+  const scalar* W;  // [H, I]
+  const scalar* b;  // [H]
+  scalar* y;        // [N, H]; aliases nothing
+  void* workspace;  // linear_workspace(args) bytes, 64-byte aligned
+};
+
 // Characters drawn one after the other, by S streams side by side: a step of every layer from the
 // character before, the scores of the head, a draw. Of arrays with streams side by side, a call may
 // be given some columns: `ld` streams lie in a row.
@@ -147,7 +158,10 @@ struct Kernels {
   void (*forward)(const ForwardArgs<scalar>&, const Team&);
   size_t (*backward_workspace)(const BackwardArgs<scalar>&, int team_size);
   void (*backward)(const BackwardArgs<scalar>&, const Team&);
-  size_t (*generate_workspace)(const GenerateArgs<scalar>&);  // null for bfloat16
+  // Null for bfloat16, from here on.
+  size_t (*linear_workspace)(const LinearArgs<scalar>&);
+  void (*linear)(const LinearArgs<scalar>&, const Team&);
+  size_t (*generate_workspace)(const GenerateArgs<scalar>&);
   void (*generate)(const GenerateArgs<scalar>&);
 };
 

@@ -67,12 +67,9 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
 }
 
 int threads_to_use(const Layer& layer, double passes) {
-  if (at::in_parallel_region()) return 1;
-  // Not worth waking a thread for less than some tens of microseconds.
   const double rows = static_cast<double>(layer.N) / layer.T;
   const double step = step_cycles(layer, rows) + rows * layer.H * layer.I / kLanes;
-  const double cycles = passes * layer.D * layer.T * step;
-  return cycles < 100000 ? 1 : at::get_num_threads();
+  return threads_for(passes * layer.D * layer.T * step * kLanes);
 }
 
 Plan make_plan(const Layer& layer, double passes) {
@@ -80,6 +77,11 @@ Plan make_plan(const Layer& layer, double passes) {
 }
 
 }  // namespace
+
+int threads_for(double products) {
+  // Not worth waking a thread for less than some tens of microseconds.
+  return at::in_parallel_region() || products < 100000 * kLanes ? 1 : at::get_num_threads();
+}
 
 Plan plan_forward(const Layer& layer) { return make_plan(layer, 1); }
 Plan plan_backward(const Layer& layer) { return make_plan(layer, 3); }

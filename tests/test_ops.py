@@ -113,3 +113,83 @@ def test_same_bits_for_any_batch_and_threads(T, B, H):
         assert all(map(torch.equal, results[0], other))
     alone, _ = module(x[:, B // 2 : B // 2 + 1].contiguous(), hx[:, B // 2 : B // 2 + 1])
     assert torch.equal(alone[:, 0], results[0][0][:, B // 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear(isa, dtype):
+    """The op is F.linear, by whatever computes it, and as near to float64 in float32."""
+    linear, F = torch.ops.charrnn_fast.linear.default, torch.nn.functional
+    x, W, b = (torch.randn(*shape, dtype=dtype) for shape in ((700, 150), (70, 150), (70,)))
+    torch.library.opcheck(linear, (x, W, b))
+    torch.library.opcheck(linear, [tensor.clone().requires_grad_() for tensor in (x, W, b)])
+    torch.library.opcheck(
+        torch.ops.charrnn_fast.linear_backward.default, (torch.ones(700, 70, dtype=dtype), x, W)
+    )
+    exact = F.linear(x.double(), W.double(), b.double())
+    error, theirs = ((y.double() - exact).abs().max() for y in (linear(x, W, b), F.linear(x, W, b)))
+    assert error <= (1e-12 if dtype == torch.float64 else 2 * theirs)
+    for y in (linear(x.t().contiguous().t(), W, b), linear(x, W.t().contiguous().t(), b)):
+        assert torch.equal(y, linear(x, W, b))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(linear(x, W, b))
+    assert all(map(results[0].equal, results[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own use
+def test_derivatives_of_linear():
+    """First and second ones, tangents, those of each sample; an operand changed before them."""
+    linear, F = torch.ops.charrnn_fast.linear.default, torch.nn.functional
+    x, W, b = (torch.randn(*shape, dtype=torch.double) for shape in ((2, 6, 4), (3, 4), (3,)))
+    wanted = [tensor.requires_grad_() for tensor in (x, W, b)]
+    before = charrnn_fast.ops.counters()["backward_fused"]
+    assert torch.autograd.gradcheck(linear, wanted)
+    assert charrnn_fast.ops.counters()["backward_fused"] > before
+    assert torch.autograd.gradcheck(linear, wanted, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(linear, wanted)
+
+    def loss(apply):
+        return lambda W, x: apply(x, W, b.detach()).sin().sum()
+
+    grads = [
+        torch.func.vmap(torch.func.grad(loss(apply)), (None, 0))(W.detach(), x.detach())
+        for apply in (linear, F.linear)
+    ]
+    torch.testing.assert_close(*grads)
+    y = linear(x, W, b)
+    with torch.no_grad():
+        W.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = linear(x, W, b)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("N, I, weight, bias", [(6, 5, 4, 3), (6, 4, 4, 2), (0, 4, 4, 3)])
+def test_linear_of_other_shapes(N, I, weight, bias):
+    """What the kernel does not serve, and what is wrong, is as in F.linear."""
+    x, W, b = torch.ones(N, I), torch.ones(3, weight), torch.ones(bias)
+    found = []
+    for apply in (torch.ops.charrnn_fast.linear.default, torch.nn.functional.linear):
+        try:
+            found.append(apply(x, W, b).shape)
+        except RuntimeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_backward_takes_rows_of_any_distance():
+    """One row of y may stand for all, and rows may lie apart: as their copies."""
+    x, _, weights = make(biases=False, requires_grad=False)
+    dy, needs = torch.ones(T, B, H).double(), [True, False, True, True]
+    backward = torch.ops.charrnn_fast.rnn_layer_backward.default
+    for y in (torch.rand(H).double().expand(T, B, H), torch.rand(T, B, 2 * H).double()[..., :H]):
+        results = [
+            backward(dy, None, x, None, weights, rows, None, None, MODES[0], False, needs)
+            for rows in (y, y.contiguous())
+        ]
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from charrnn_fast import ops
-from charrnn_fast.charlm import head
 from charrnn_fast.charlm.head import Head
 
-# [T, B, H] and V: from one product to those that are given to oneDNN.
+# [T, B, H] and V: from one product to those that are worth several threads.
 LARGE = [(50, 50, 128, 65), (50, 50, 512, 65), (300, 2, 600, 33)]
 SHAPES = [(1, 1, 1, 1), (16, 3, 12, 15), (20, 8, 40, 33), *LARGE]
 
@@ -49,27 +48,9 @@ def test_it_is_a_linear_layer(shape):
         assert a <= max(2 * b, 1e-7)
 
 
-@pytest.mark.parametrize("shape", LARGE)
-def test_large_products_are_those_of_onednn(shape, monkeypatch):
-    """Where there is one: the fast path is the one that runs."""
-    if not head.ONEDNN:
-        pytest.skip("this PyTorch is built without oneDNN")
-    calls = []
-    product = head.product
-    monkeypatch.setattr(head, "product", lambda *a: calls.append(a) or product(*a))
-    ours(*problem(shape))
-    assert len(calls) == 1
-    ours(*problem(shape, torch.float64))
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, (32, 8, 64, 2), (2, 127, 16, 8), (50, 50, 128, 103)])
-@pytest.mark.parametrize("onednn", [True, False])
-def test_same_bits_for_any_number_of_threads(shape, onednn, monkeypatch):
-    """With one library and with the other, at sizes on both sides of the limits."""
-    if onednn and not head.ONEDNN:
-        pytest.skip("this PyTorch is built without oneDNN")
-    monkeypatch.setattr(head, "ONEDNN", onednn)
+def test_same_bits_for_any_number_of_threads(shape):
+    """At sizes on both sides of the limit."""
     runs = []
     for threads in (1, 2, 3, 4, 7):
         torch.set_num_threads(threads)
@@ -114,9 +95,8 @@ def test_backward_is_one_call_of_our_kernels(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
-def test_gradients_of_each_sample(shape, monkeypatch):
+def test_gradients_of_each_sample(shape):
     """vmap over samples: those of one after the other."""
-    monkeypatch.setattr(head, "ONEDNN", False)  # vmap takes its products one by one
     layer, input, _ = problem(shape)
     inputs = torch.stack([input.detach(), 2 * input.detach()])
     weights = dict(layer.named_parameters())
@@ -133,7 +113,7 @@ def test_gradients_of_each_sample(shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_compiler_sees_a_linear_layer(shape):
-    """torch.compile chooses the products: Inductor refuses oneDNN's with trained weights."""
+    """torch.compile chooses the products."""
     layer, input, _ = problem(shape)
     graphs = []
 
