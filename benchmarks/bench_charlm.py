@@ -93,9 +93,9 @@ def bench_training(size, trainer_of, side_by_side):
     sides, losses = [], {}
     for backend, name in SIDES.items():
         trainer, losses[name] = trainer_of(size, backend)
-        ran = {"forward_fused", "backward_fused"} if backend == "fast" else set()
-        if size != "tutorial":
-            ran.add("backward_fused")  # the head's, of both
+        ran = {"backward_fused"}  # the head's, of both
+        if backend == "fast":
+            ran.add("forward_fused")
         sides.append(Side(name, peers.counted(trainer.train_step, *ran), grad=True))
     step = plain_loop(trainer_of(size, "torch", steps=0)[0])
     losses["plain loop"] = torch.stack([step() for _ in range(5)])
