@@ -6,6 +6,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -13,12 +14,18 @@
 
 namespace charrnn_fast {
 
-// Memory for the length of one call. A thread keeps the largest block of moderate size that its
-// calls needed: fresh memory comes from the system page by page, which took up to two fifths of the
-// time of a training step.
+constexpr size_t kPage = 4096;
+
+// So that what follows in the same block begins a page.
+inline size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+// Memory for the length of one call, from the beginning of a page. A thread keeps the largest block
+// of moderate size that its calls needed: fresh memory comes from the system page by page, which
+// took up to two fifths of the time of a training step.
 class Scratch {
  public:
   explicit Scratch(size_t bytes) {
+    bytes += kPage;
     if (bytes <= kept.bytes) {
       std::swap(block_, kept);
     } else {
@@ -32,7 +39,10 @@ class Scratch {
     if (kept.bytes < block_.bytes && block_.bytes <= kKeptBytes) std::swap(block_, kept);
   }
 
-  std::byte* data() const { return static_cast<std::byte*>(block_.data.get()); }
+  std::byte* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(block_.data.get());
+    return reinterpret_cast<std::byte*>(whole_pages(address));
+  }
 
  private:
   static constexpr size_t kKeptBytes = size_t{32} << 20;
@@ -50,9 +60,6 @@ class Scratch {
   static thread_local Block kept;
 };
 inline thread_local Scratch::Block Scratch::kept;
-
-// So that what follows in the same block is aligned.
-inline size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Memory of results. Small blocks are malloc's, which keeps those that a thread frees for the next
 // call; for aligned ones, as torch's allocator wants all of them, it searches anew each time.

@@ -16,28 +16,61 @@ struct WeightSums {
   double* table;  // for ids: dW_ih', [I, H]
 };
 
+// Where delta lies: the rows of each group of members (see backward_all) beside each other, so that
+// no group's core fetches ahead what another one is about to write.
+template <typename scalar>
+struct DeltaRows {
+  scalar* rows;
+  const int64_t* step_row;  // row of each step; null: t * slots
+  int64_t first_slot, slots, H;
+
+  scalar* operator()(int64_t t, int64_t slot) const {
+    const int64_t step = step_row != nullptr ? step_row[t] : t * slots;
+    return rows + (step + slot - first_slot) * H;
+  }
+};
+
 template <typename scalar>
 struct BackwardSpace {
   static constexpr int kMostParts = 2;
 
   Panels<scalar> hidden;  // columns of W_hh, of dW_hh
   Panels<scalar> inputs;  // columns of W_ih, of dW_ih
-  scalar* recurrent;      // W_hh in panels
-  scalar* input;          // W_ih in panels
-  scalar* zeros;          // a row for whatever is absent
   int parts;
   WeightSums<scalar> sums[kMostParts];  // the first part's are the results themselves
+
+  // Members that share the hidden units are one group. Else there may be groups, each of which has
+  // parts of its own: it needs no rows of the others.
+  int groups;
+  Team group;
+  int first_part, last_part;
+  Range slots;
+  DeltaRows<scalar> delta;
+
+  // Shared by the members that pack it.
+  Team packers;
+  scalar* recurrent;  // W_hh in panels
+  scalar* input;      // W_ih in panels
+  scalar* zeros;      // a row for whatever is absent
+
   // Each member's own:
-  scalar* left;   // delta' in tiles
-  scalar* right;  // a panel of y_prev or of x
+  int64_t* step_row;  // of its group, when it is one of several and sequences are packed
+  scalar* left;       // delta' in tiles
+  scalar* right;      // a panel of y_prev or of x
   size_t bytes;
 
-  BackwardSpace(const BackwardArgs<scalar>& args, int team_size, int rank, void* base)
+  BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
       : hidden(args.H), inputs(args.I), parts(gradient_parts(args.seq.B, args.seq.N, args.H)) {
+    const Sequences& seq = args.seq;
+    const bool by_batch = args.split == Split::kBatch;
+    groups = by_batch && team.size % parts == 0 ? parts : 1;
+    group = subteam(team, groups);
+    first_part = team.rank / group.size * (parts / groups);
+    last_part = first_part + parts / groups;
+    slots = {first_slot_of_part(seq, first_part, parts), first_slot_of_part(seq, last_part, parts)};
+    packers = subteam(team, by_batch && args.H <= kHiddenPackedByAll ? team.size : 1);
+
     Arena arena(base);
-    recurrent = arena.take<scalar>(args.H * hidden.padded_columns());
-    input = args.dx != nullptr ? arena.take<scalar>(args.H * inputs.padded_columns()) : nullptr;
-    zeros = arena.take<scalar>(zero_columns());
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
     const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
     for (int part = 0; part < parts; ++part) {
@@ -48,12 +81,25 @@ struct BackwardSpace {
                     take(args.dW_hh != nullptr, args.dW_hh, args.H * args.H),
                     take(args.db != nullptr, args.db, args.H),
                     tokens ? arena.take<double>(args.I * args.H) : nullptr};
+      arena.next_page();
     }
-    const int64_t tiles = packed_tiles<scalar>(args.H);
-    const int64_t panel = widest_panel() * kLanes<scalar> * kGradientRows;
-    left = arena.take<scalar>(team_size * tiles) + rank * tiles;
-    right = arena.take<scalar>(team_size * panel) + rank * panel;
+    arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
+      recurrent = arena.take<scalar>(args.H * hidden.padded_columns());
+      input = args.dx != nullptr ? arena.take<scalar>(args.H * inputs.padded_columns()) : nullptr;
+      zeros = arena.take<scalar>(zero_columns());
+    });
+    arena.take_each(team.size, team.rank, [&] {
+      step_row = groups > 1 && seq.step_row != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
+      left = arena.take<scalar>(packed_tiles<scalar>(args.H));
+      right = arena.take<scalar>(widest_panel() * kLanes<scalar> * kGradientRows);
+    });
     bytes = arena.used();
+
+    const Range before = {0, slots.first};
+    const int64_t rows_before =
+        seq.step_row != nullptr ? rows_in(seq, before, {0, seq.T}) : seq.T * slots.first;
+    delta = {args.delta + rows_before * args.H, groups > 1 ? step_row : seq.step_row, slots.first,
+             slots.last - slots.first, args.H};
   }
 
   int64_t widest_panel() const {
@@ -69,12 +115,12 @@ struct BackwardSpace {
 
 template <typename scalar>
 size_t backward_workspace(const BackwardArgs<scalar>& args, int team_size) {
-  return BackwardSpace<scalar>(args, team_size, 0, nullptr).bytes;
+  return BackwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
 }
 
 template <typename scalar>
-void pack_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                   const Team& team) {
+void prepare_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space) {
+  const Team& team = space.packers;
   if (team.rank == 0) std::memset(space.zeros, 0, space.zero_columns() * sizeof(scalar));
   // A single step reads W_hh for dh0 only.
   const bool reads_recurrent = length_of(args.seq, 0) > 1 || args.dh0 != nullptr;
@@ -83,12 +129,20 @@ void pack_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
     pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
                       space.recurrent + space.hidden.first_column(p) * args.H);
   }
-  if (args.dx == nullptr) return;
-  const Range also = share(space.inputs.count, team);
+  const Range also = share(args.dx != nullptr ? space.inputs.count : 0, team);
   for (int64_t p = also.first; p < also.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_ih + k * args.I; }, args.H, space.inputs, p,
                       space.input + space.inputs.first_column(p) * args.H);
   }
+  if (space.step_row != nullptr) {
+    int64_t row = 0, end = space.slots.last;
+    for (int64_t t = 0; t < args.seq.T; ++t) {
+      while (end > space.slots.first && length_of(args.seq, end - 1) <= t) --end;
+      space.step_row[t] = row;
+      row += end - space.slots.first;
+    }
+  }
+  wait_for(team);
 }
 
 // delta of a sequence's last step, in a range of columns.
@@ -120,22 +174,22 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   scalar* delta[kBlockSlots];
   const scalar* y[kBlockSlots];
   TileArgs<scalar> product = {.a = next, .K = args.H, .init = init, .out = delta, .y = y};
-  const int64_t rows_a_step = args.reverse ? seq.B : -seq.B;
-  product.a_step = product.out_step = rows_a_step * args.H;
-  product.y_step = rows_a_step * args.ldy;
-  product.init_step = args.dy != nullptr ? rows_a_step * args.lddy : 0;
+  const int64_t direction = args.reverse ? 1 : -1;
+  product.a_step = product.out_step = direction * space.delta.slots * args.H;
+  product.y_step = direction * seq.B * args.ldy;
+  product.init_step = args.dy != nullptr ? direction * seq.B * args.lddy : 0;
   const int64_t rows_running = rows_of_running_tile(panels);
   bool backwards = false;  // as in forward_block
   while (walk.next()) {
     const int64_t after = args.reverse ? walk.t - 1 : walk.t + 1;
     for (int64_t i = 0; i < walk.running; ++i) {
       const int64_t row = row_of(seq, walk.t, slots.first + i);
-      delta[i] = args.delta + row * args.H;
+      delta[i] = space.delta(walk.t, slots.first + i);
       y[i] = args.y + row * args.ldy;
       init[i] = args.dy != nullptr ? args.dy + row * args.lddy : space.zeros;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
-      next[i] = args.delta + row_of(seq, after, slots.first + i) * args.H;
+      next[i] = space.delta(after, slots.first + i);
     }
     product.steps = 1;
     if (walk.continuing == walk.running && walk.running <= rows_running) {
@@ -169,9 +223,8 @@ void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   for (int64_t done = 0; done < rows;) {
     const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i, walk.next()) {
-      const int64_t row = row_of(args.seq, walk.t, walk.slot);
-      delta[i] = args.delta + row * args.H;
-      dx[i] = args.dx + row * args.I;
+      delta[i] = space.delta(walk.t, walk.slot);
+      dx[i] = args.dx + row_of(args.seq, walk.t, walk.slot) * args.I;
       init[i] = space.zeros;
     }
     done += count;
@@ -194,8 +247,7 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     const int64_t count = slots.last - done < kChunkRows ? slots.last - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = done + i;
-      delta[i] =
-          args.delta + row_of(args.seq, first_step(args.seq, slot, args.reverse), slot) * args.H;
+      delta[i] = space.delta(first_step(args.seq, slot, args.reverse), slot);
       dh0[i] = args.dh0 + state_row_of(args.seq, slot) * args.H;
       init[i] = space.zeros;
     }
@@ -277,7 +329,7 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
     const int64_t first_row = row_of(args.seq, walk.t, walk.slot);
     for (int64_t k = 0; k < K; ++k, walk.next()) {
       const int64_t row = row_of(args.seq, walk.t, walk.slot);
-      delta[k] = args.delta + row * args.H;
+      delta[k] = space.delta(walk.t, walk.slot);
       if (sums.dW_ih != nullptr) x[k] = args.x + row * args.ldx;
       if (walk.t == first_step(args.seq, walk.slot, args.reverse)) {
         y_previous[k] =
@@ -309,9 +361,11 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
                                 int64_t offset) {
       return Ahead<scalar>{rows, offset, offset + panels.first_column(1)};
     };
-    const int64_t further = walk.ended() ? 0 : row_of(args.seq, walk.t, walk.slot) - first_row;
-    const Ahead<scalar> next_delta = {delta, further * args.H + units.first,
-                                      further * args.H + units.last};
+    const bool ended = walk.ended();
+    const int64_t further = ended ? 0 : row_of(args.seq, walk.t, walk.slot) - first_row;
+    const int64_t further_delta = ended ? 0 : space.delta(walk.t, walk.slot) - delta[0];
+    const Ahead<scalar> next_delta = {delta, further_delta + units.first,
+                                      further_delta + units.last};
     const Ahead<scalar> next_x = first_panel(x, space.inputs, further * args.ldx);
     const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, further * args.ldy);
     if (sums.dW_ih != nullptr) {
@@ -369,38 +423,28 @@ struct RowsOfPart {
 
 template <Activation activation, typename scalar>
 void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
-  const BackwardSpace<scalar> space(args, team.size, team.rank, args.workspace);
+  const BackwardSpace<scalar> space(args, team, args.workspace);
   const Sequences& seq = args.seq;
-  pack_backward(args, space, team);
-  wait_for(team);
+  const Team& group = space.group;
+  prepare_backward(args, space);
 
-  // Members that share the hidden units are one group. Else there may be groups, each of which has
-  // parts of its own: it needs no rows of the others.
   const bool hidden = args.split == Split::kHidden;
-  const int groups = hidden || team.size % space.parts != 0 ? 1 : space.parts;
-  const Team group = {team.rank % (team.size / groups), team.size / groups, team.barrier,
-                      team.state};
-  const int parts_each = space.parts / groups;
-  const int first_part = team.rank / group.size * parts_each;
-  const int last_part = first_part + parts_each;
-  static_assert(BackwardSpace<scalar>::kMostParts == 2);
-  RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
-                       {seq, space.parts - 1, space.parts, !args.reverse}};
-  const Range group_slots = {rows[first_part].slots.first, rows[last_part - 1].slots.last};
-
   const Range panels = hidden ? share(space.hidden.count, team) : Range{0, space.hidden.count};
-  const Range slots = hidden ? group_slots : share(group_slots, group);
+  const Range slots = hidden ? space.slots : share(space.slots, group);
   const int64_t n = slots.last - slots.first;
   const int64_t blocks = (n + kBlockSlots - 1) / kBlockSlots;
 
   const bool weights = args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr;
   const Range units = share(args.H, group);
-  for (int part = first_part; weights && part < last_part; ++part) {
+  static_assert(BackwardSpace<scalar>::kMostParts == 2);
+  RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
+                       {seq, space.parts - 1, space.parts, !args.reverse}};
+  for (int part = space.first_part; weights && part < space.last_part; ++part) {
     zero_weights(args, space.sums[part], units);
   }
-  RowWalk input_rows(seq, group_slots, !args.reverse);
+  RowWalk input_rows(seq, space.slots, !args.reverse);
 
-  const int64_t T = length_of(seq, group_slots.first);
+  const int64_t T = length_of(seq, space.slots.first);
   const int64_t at_once = kBackwardRows / (n > 0 ? n : 1);
   const int64_t chunk = group.size > 1 ? T : at_once > 1 ? at_once : 1;
   for (int64_t done = 0; done < T; done += chunk) {
@@ -412,11 +456,11 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
     }
     wait_for(group);
     if (args.dx != nullptr) {
-      const Range mine = share(rows_in(seq, group_slots, steps), group);
+      const Range mine = share(rows_in(seq, space.slots, steps), group);
       if (group.size > 1) input_rows.seek(mine.first);
       backward_input(args, space, input_rows, mine.last - mine.first);
     }
-    for (int part = first_part; weights && part < last_part; ++part) {
+    for (int part = space.first_part; weights && part < space.last_part; ++part) {
       RowsOfPart& of_part = rows[part];
       of_part.summable += rows_in(seq, of_part.slots, steps);
       const int64_t now =
@@ -427,7 +471,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   }
   if (args.dh0 != nullptr) backward_state(args, space, hidden ? share(seq.B, team) : slots);
   if (weights) {
-    if (groups > 1) wait_for(team);
+    if (space.groups > 1) wait_for(team);
     combine_parts(args, space, share(args.H, team));
   }
 }

@@ -151,7 +151,7 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
         .workspace = nullptr,
     };
   }
-  const size_t bytes = rounded_up(table.forward_workspace(args[0], plan.members));
+  const size_t bytes = whole_pages(table.forward_workspace(args[0], plan.members));
   const Scratch scratch(layer.D * bytes);
   for (int64_t d = 0; d < layer.D; ++d) args[d].workspace = scratch.data() + d * bytes;
   const auto forward = table.forward;
@@ -267,9 +267,9 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .db = db,
         .workspace = nullptr,
     };
-    bytes = std::max(bytes, rounded_up(table.backward_workspace(args[d], plan.members)));
+    bytes = std::max(bytes, whole_pages(table.backward_workspace(args[d], plan.members)));
   }
-  const size_t delta_bytes = rounded_up(layer.N * layer.H * sizeof(scalar));
+  const size_t delta_bytes = whole_pages(layer.N * layer.H * sizeof(scalar));
   const Scratch scratch(layer.D * (delta_bytes + bytes));
   for (int64_t d = 0; d < layer.D; ++d) {
     std::byte* own = scratch.data() + d * (delta_bytes + bytes);

@@ -21,6 +21,8 @@ bool all_finite(const scalar* p, int64_t n) {
 template <typename scalar>
 struct ForwardSpace {
   Panels<scalar> panels;
+  // Shared by the members that pack it.
+  Team packers;
   scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
   scalar* recurrent;  // W_hh' in panels
   scalar* bias;       // b_ih + b_hh, padded
@@ -29,14 +31,17 @@ struct ForwardSpace {
   scalar* projected;  // [kChunkRows][padded H]
   size_t bytes;
 
-  ForwardSpace(const ForwardArgs<scalar>& args, int team_size, int rank, void* base)
-      : panels(args.H) {
+  ForwardSpace(const ForwardArgs<scalar>& args, const Team& team, void* base) : panels(args.H) {
+    const bool apart = args.split == Split::kBatch && args.ids == nullptr;
+    packers = subteam(team, apart && args.H <= kHiddenPackedByAll ? team.size : 1);
     Arena arena(base);
-    input = arena.take<scalar>(args.I * panels.padded_columns());
-    recurrent = arena.take<scalar>(args.H * panels.padded_columns());
-    bias = arena.take<scalar>(panels.padded_columns());
-    const int64_t chunk = kChunkRows * panels.padded_columns();
-    projected = arena.take<scalar>(team_size * chunk) + rank * chunk;
+    arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
+      input = arena.take<scalar>(args.I * panels.padded_columns());
+      recurrent = arena.take<scalar>(args.H * panels.padded_columns());
+      bias = arena.take<scalar>(panels.padded_columns());
+    });
+    arena.take_each(team.size, team.rank,
+                    [&] { projected = arena.take<scalar>(kChunkRows * panels.padded_columns()); });
     bytes = arena.used();
   }
 };
@@ -66,7 +71,7 @@ struct StepSpace {
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
   if (is_one_step(args)) return StepSpace<scalar>(args, team_size, 0, nullptr).bytes;
-  return ForwardSpace<scalar>(args, team_size, 0, nullptr).bytes;
+  return ForwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
 }
 
 // b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
@@ -81,9 +86,8 @@ void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, sc
 }
 
 template <typename scalar>
-void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
-                  const Team& team) {
-  const Range mine = share(space.panels.count, team);
+void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space) {
+  const Range mine = share(space.panels.count, space.packers);
   const int64_t first = space.panels.first_column(mine.first);
   const int64_t last = space.panels.first_column(mine.last);
   add_biases(args, first, last, space.bias);
@@ -274,9 +278,9 @@ void forward_step(const ForwardArgs<scalar>& args, const Team& team) {
 template <Activation activation, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   if (is_one_step(args)) return forward_step<activation>(args, team);
-  const ForwardSpace<scalar> space(args, team.size, team.rank, args.workspace);
-  pack_forward(args, space, team);
-  wait_for(team);
+  const ForwardSpace<scalar> space(args, team, args.workspace);
+  pack_forward(args, space);
+  wait_for(space.packers);
   const bool hidden = args.split == Split::kHidden;
   const Range all_panels = {0, space.panels.count};
   const Range panels = hidden ? share(space.panels.count, team) : all_panels;

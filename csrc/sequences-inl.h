@@ -159,6 +159,17 @@ inline Range share(Range range, const Team& team) {
 }
 inline Range share(int64_t n, const Team& team) { return share(Range{0, n}, team); }
 
+// The part of a team that a member is in, when it is divided into so many. Barriers are the whole
+// team's: every part must meet as often.
+inline Team subteam(const Team& team, int parts) {
+  const int size = team.size / parts;
+  return {team.rank % size, size, team.barrier, team.state};
+}
+
+// Hidden units up to which each member of a team that divides the batch packs the weights itself:
+// that takes less time than to fetch from another core what it has packed.
+constexpr int64_t kHiddenPackedByAll = 128;
+
 // Where the slots of a part of gradient_parts begin: all parts have about as many rows.
 inline int64_t first_slot_of_part(const Sequences& seq, int64_t part, int64_t parts) {
   if (seq.lengths == nullptr) return seq.B * part / parts;
@@ -193,6 +204,23 @@ class Arena {
     return piece;
   }
   size_t used() const { return used_; }
+
+  // A page is as far as another core's prefetching reaches: what a core writes begins a new one.
+  void next_page() { used_ = (used_ + 4095) / 4096 * 4096; }
+
+  // Calls take() for each of `count` owners of pieces alike; last for number `mine`, whose pieces
+  // it so leaves in its variables.
+  template <typename Take>
+  void take_each(int count, int mine, const Take& take) {
+    next_page();
+    const size_t first = used_;
+    take();
+    next_page();
+    const size_t size = used_ - first;
+    used_ = first + mine * size;
+    take();
+    used_ = first + count * size;
+  }
 
  private:
   char* base_;
