@@ -4,7 +4,7 @@
 
 // Rows summed in one chain of a weight's gradient; blocks of them are added up.
 constexpr int64_t kGradientRows = kChainTerms;
-// Rows of a chunk.
+// Rows of a chunk, of each part.
 constexpr int64_t kBackwardRows = 2 * kGradientRows;
 
 // Sums over the rows of one part of the sequences (see gradient_parts); null where not asked for.
@@ -445,7 +445,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   RowWalk input_rows(seq, space.slots, !args.reverse);
 
   const int64_t T = length_of(seq, space.slots.first);
-  const int64_t at_once = kBackwardRows / (n > 0 ? n : 1);
+  const int64_t at_once = kBackwardRows * (space.last_part - space.first_part) / (n > 0 ? n : 1);
   const int64_t chunk = group.size > 1 ? T : at_once > 1 ? at_once : 1;
   for (int64_t done = 0; done < T; done += chunk) {
     const int64_t end = done + chunk < T ? done + chunk : T;
