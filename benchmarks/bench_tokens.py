@@ -11,6 +11,8 @@ SHAPES = [
     Shape(1, 200, 65, 128),
     Shape(32, 50, 65, 512),
     Shape(32, 50, 1000, 64),
+    Shape(1, 2, 65, 128),
+    Shape(1, 2, 1000, 64),
 ]
 NEEDS = [False, False, True, True, True, True]  # ids have no gradient
 

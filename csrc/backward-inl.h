@@ -13,7 +13,8 @@ struct WeightSums {
   scalar* dW_ih;  // [H, I]
   scalar* dW_hh;  // [H, H]
   scalar* db;     // [H]
-  double* table;  // for ids: dW_ih', [I, H]
+  double* table;  // for ids: dW_ih', [I, H], as far as ids were seen
+  bool* seen;     // [I], each member's own of its parts
 };
 
 // Where delta lies: the rows of each group of members (see backward_all) beside each other, so that
@@ -68,7 +69,8 @@ struct BackwardSpace {
     first_part = team.rank / group.size * (parts / groups);
     last_part = first_part + parts / groups;
     slots = {first_slot_of_part(seq, first_part, parts), first_slot_of_part(seq, last_part, parts)};
-    packers = subteam(team, by_batch && args.H <= kHiddenPackedByAll ? team.size : 1);
+    const bool apart = by_batch && args.H * (args.H + args.I) <= kPackedByAll;
+    packers = subteam(team, apart ? team.size : 1);
 
     Arena arena(base);
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
@@ -80,7 +82,7 @@ struct BackwardSpace {
       sums[part] = {take(dense, dense ? args.dW_ih : nullptr, args.H * args.I),
                     take(args.dW_hh != nullptr, args.dW_hh, args.H * args.H),
                     take(args.db != nullptr, args.db, args.H),
-                    tokens ? arena.take<double>(args.I * args.H) : nullptr};
+                    tokens ? arena.take<double>(args.I * args.H) : nullptr, nullptr};
       arena.next_page();
     }
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
@@ -93,6 +95,12 @@ struct BackwardSpace {
       left = arena.take<scalar>(packed_tiles<scalar>(args.H));
       right = arena.take<scalar>(widest_panel() * kLanes<scalar> * kGradientRows);
     });
+    bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
+    for (int part = 0; part < parts; ++part) {
+      const bool own = first_part <= part && part < last_part;
+      const int member = own ? team.rank : part / (last_part - first_part) * group.size;
+      if (tokens) sums[part].seen = seen + (member * parts + part) * args.I;
+    }
     bytes = arena.used();
 
     const Range before = {0, slots.first};
@@ -308,10 +316,7 @@ void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<scalar>& su
   zero(sums.dW_ih, args.I);
   zero(sums.dW_hh, args.H);
   zero(sums.db, 1);
-  if (sums.table == nullptr) return;
-  for (int64_t v = 0; v < args.I; ++v) {
-    std::memset(sums.table + v * args.H + units.first, 0, count * sizeof(double));
-  }
+  if (sums.table != nullptr) std::memset(sums.seen, 0, args.I * sizeof(bool));
 }
 
 // Then the next rows of a walk: a multiple of kGradientRows, or what is left.
@@ -339,8 +344,14 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         y_previous[k] = args.y + row_of(args.seq, before, walk.slot) * args.ldy;
       }
       if (sums.table != nullptr) {
-        double* entry = sums.table + args.ids[row] * args.H;
-        for (int64_t j = units.first; j < units.last; ++j) entry[j] += delta[k][j];
+        const int64_t id = args.ids[row];
+        double* entry = sums.table + id * args.H;
+        if (sums.seen[id]) {
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] += delta[k][j];
+        } else {
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] = delta[k][j];
+          sums.seen[id] = true;
+        }
       }
     }
     pack_columns(delta, K, units.first, count, space.left);
@@ -382,6 +393,56 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
   }
 }
 
+// Whether any id in [first, last) was seen.
+template <typename scalar>
+bool any_seen(const BackwardSpace<scalar>& space, int64_t first, int64_t last) {
+  bool any = false;
+  for (int part = 0; part < space.parts; ++part) {
+    for (int64_t v = first; v < last; ++v) any |= space.sums[part].seen[v];
+  }
+  return any;
+}
+
+// dW_ih of the units in a range out of the tables of all parts.
+template <typename scalar>
+void store_tables(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                  Range units) {
+  constexpr int64_t kIds = 64 / sizeof(scalar);  // a cache line of dW_ih
+  constexpr int64_t kUnits = 128, kBlock = Transpose<scalar>::kBlock;
+  alignas(64) scalar rows[kIds][kUnits];
+  for (int64_t first = units.first; first < units.last; first += kUnits) {
+    const int64_t count = units.last - first < kUnits ? units.last - first : kUnits;
+    std::memset(args.dW_ih + first * args.I, 0, count * args.I * sizeof(scalar));
+    for (int64_t v = 0; v < args.I; v += kIds) {
+      const int64_t ids = args.I - v < kIds ? args.I - v : kIds;
+      if (!any_seen(space, v, v + ids)) continue;
+      for (int64_t i = 0; i < ids; ++i) {
+        double sum[kUnits] = {};
+        for (int part = 0; part < space.parts; ++part) {
+          if (!space.sums[part].seen[v + i]) continue;
+          const double* entry = space.sums[part].table + (v + i) * args.H + first;
+          for (int64_t j = 0; j < count; ++j) sum[j] += entry[j];
+        }
+        for (int64_t j = 0; j < count; ++j) rows[i][j] = static_cast<scalar>(sum[j]);
+      }
+      scalar* out = args.dW_ih + first * args.I + v;
+      int64_t i = 0;
+      for (; i + kBlock <= ids; i += kBlock) {
+        int64_t j = 0;
+        for (; j + kBlock <= count; j += kBlock) {
+          Transpose<scalar>::run(&rows[i][j], kUnits, out + j * args.I + i, args.I);
+        }
+        for (; j < count; ++j) {
+          for (int64_t k = i; k < i + kBlock; ++k) out[j * args.I + k] = rows[k][j];
+        }
+      }
+      for (; i < ids; ++i) {
+        for (int64_t j = 0; j < count; ++j) out[j * args.I + i] = rows[i][j];
+      }
+    }
+  }
+}
+
 // And at last the sums of all parts together, in the first one's place.
 template <typename scalar>
 void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
@@ -400,14 +461,7 @@ void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
     add(first.dW_hh, space.sums[part].dW_hh, args.H);
     add(first.db, space.sums[part].db, 1);
   }
-  if (first.table == nullptr) return;
-  for (int64_t j = units.first; j < units.last; ++j) {
-    for (int64_t v = 0; v < args.I; ++v) {
-      double sum = 0;
-      for (int part = 0; part < space.parts; ++part) sum += space.sums[part].table[v * args.H + j];
-      args.dW_ih[j * args.I + v] = static_cast<scalar>(sum);
-    }
-  }
+  if (first.table != nullptr) store_tables(args, space, units);
 }
 
 // The rows of a part, on their way into its sums.

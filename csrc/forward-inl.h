@@ -18,12 +18,18 @@ bool all_finite(const scalar* p, int64_t n) {
   return true;
 }
 
+// Few ids are looked up in W_ih itself, where those of a column lie far apart.
+template <typename scalar>
+bool gathers_ids(const ForwardArgs<scalar>& args) {
+  return args.ids != nullptr && 8 * args.seq.N < args.I;
+}
+
 template <typename scalar>
 struct ForwardSpace {
   Panels<scalar> panels;
   // Shared by the members that pack it.
   Team packers;
-  scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
+  scalar* input;      // W_ih' in panels: for ids, row v of a panel is what id v adds there
   scalar* recurrent;  // W_hh' in panels
   scalar* bias;       // b_ih + b_hh, padded
   // Each member's own: what its next steps make of x. It does not wait in y, where each element
@@ -32,8 +38,8 @@ struct ForwardSpace {
   size_t bytes;
 
   ForwardSpace(const ForwardArgs<scalar>& args, const Team& team, void* base) : panels(args.H) {
-    const bool apart = args.split == Split::kBatch && args.ids == nullptr;
-    packers = subteam(team, apart && args.H <= kHiddenPackedByAll ? team.size : 1);
+    const bool apart = args.split == Split::kBatch && args.H * (args.H + args.I) <= kPackedByAll;
+    packers = subteam(team, apart ? team.size : 1);
     Arena arena(base);
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
       input = arena.take<scalar>(args.I * panels.padded_columns());
@@ -92,15 +98,8 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
   const int64_t last = space.panels.first_column(mine.last);
   add_biases(args, first, last, space.bias);
   pack_transposed(args.W_hh, args.H, space.panels, mine.first, mine.last, space.recurrent);
-  if (args.ids == nullptr) {
+  if (!gathers_ids(args)) {
     pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
-    return;
-  }
-  for (int64_t v = 0; v < args.I; ++v) {
-    scalar* entry = space.input + v * space.panels.padded_columns();
-    for (int64_t j = first; j < last; ++j) {
-      entry[j] = j < args.H ? args.W_ih[j * args.I + v] + space.bias[j] : 0;
-    }
   }
 }
 
@@ -112,12 +111,23 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
   scalar* out[kChunkRows];
   for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * panels.padded_columns();
   if (args.ids != nullptr) {
-    const int64_t first = panels.first_column(mine.first);
-    const int64_t end = panels.first_column(mine.last);
-    const int64_t bytes = ((end < args.H ? end : args.H) - first) * sizeof(scalar);
     for (int64_t i = 0; i < count; ++i) {
-      const scalar* entry = space.input + args.ids[rows[i]] * panels.padded_columns();
-      std::memcpy(out[i] + first, entry + first, bytes);
+      const int64_t id = args.ids[rows[i]];
+      for (int64_t p = mine.first; p < mine.last; ++p) {
+        const int64_t first = panels.first_column(p);
+        if (gathers_ids(args)) {
+          for (int64_t j = first, last = first + panels.used_columns(p); j < last; ++j) {
+            out[i][j] = args.W_ih[j * args.I + id] + space.bias[j];
+          }
+          continue;
+        }
+        constexpr int L = kLanes<scalar>;
+        const int64_t columns = panels.width(p) * L;
+        const scalar* entry = space.input + first * args.I + id * columns;
+        for (int64_t j = 0; j < columns; j += L) {
+          store(out[i] + first + j, load(entry + j) + load(space.bias + first + j));
+        }
+      }
     }
     return;
   }

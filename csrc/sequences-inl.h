@@ -166,9 +166,9 @@ inline Team subteam(const Team& team, int parts) {
   return {team.rank % size, size, team.barrier, team.state};
 }
 
-// Hidden units up to which each member of a team that divides the batch packs the weights itself:
-// that takes less time than to fetch from another core what it has packed.
-constexpr int64_t kHiddenPackedByAll = 128;
+// Weights up to which each member of a team that divides the batch packs all of them itself: that
+// takes less time than to fetch from another core what it has packed.
+constexpr int64_t kPackedByAll = 1 << 15;
 
 // Where the slots of a part of gradient_parts begin: all parts have about as many rows.
 inline int64_t first_slot_of_part(const Sequences& seq, int64_t part, int64_t parts) {

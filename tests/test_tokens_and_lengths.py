@@ -26,6 +26,24 @@ def test_tokens_equal_one_hot(isa, batch_first, bidirectional):
     torch.testing.assert_close(unbatched, ours(one_hot[:, 0])[0])
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1000, 64), (70, 8, 1000, 40), (3, 5, 130, 200)], ids=str)
+def test_tokens_of_a_large_vocabulary(isa, shape):
+    """Few ids of many, one of them more than once; the same bits for any number of threads."""
+    T, B, V, H = shape
+    rnn = charrnn_fast.RNN(V, H)
+    ids = torch.randint(V, (T, B))
+    ids[-1] = ids[0]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(rnn, ids))
+    for other in results[1:]:
+        assert_same(other, results[0], rtol=0, atol=0)
+    one_hot = run(rnn, nn.functional.one_hot(ids, V).float())
+    del one_hot["d input"]
+    assert_same(results[0], one_hot, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [11, -1, 2**40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_out_of_range(bad, dtype):
