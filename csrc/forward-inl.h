@@ -29,7 +29,7 @@ struct ForwardSpace {
   Panels<scalar> panels;
   // Shared by the members that pack it.
   Team packers;
-  scalar* input;      // W_ih' in panels: for ids, row v of a panel is what id v adds there
+  scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
   scalar* recurrent;  // W_hh' in panels
   scalar* bias;       // b_ih + b_hh, padded
   // Each member's own: what its next steps make of x. It does not wait in y, where each element
@@ -98,8 +98,19 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
   const int64_t last = space.panels.first_column(mine.last);
   add_biases(args, first, last, space.bias);
   pack_transposed(args.W_hh, args.H, space.panels, mine.first, mine.last, space.recurrent);
-  if (!gathers_ids(args)) {
-    pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
+  if (args.ids == nullptr) {
+    return pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
+  }
+  if (gathers_ids(args)) return;
+  constexpr int L = kLanes<scalar>;
+  const int64_t ld = space.panels.padded_columns();
+  const int64_t end = last < args.H ? last : args.H;
+  pack_transposed_rows(args.W_ih + first * args.I, args.I, args.I, end - first, space.input + first,
+                       ld);
+  for (int64_t v = 0; v < args.I; ++v) {
+    scalar* entry = space.input + v * ld;
+    for (int64_t j = first; j < last; j += L)
+      store(entry + j, load(entry + j) + load(space.bias + j));
   }
 }
 
@@ -111,22 +122,17 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
   scalar* out[kChunkRows];
   for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * panels.padded_columns();
   if (args.ids != nullptr) {
+    const int64_t first = panels.first_column(mine.first);
+    const int64_t end = panels.first_column(mine.last), last = end < args.H ? end : args.H;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t id = args.ids[rows[i]];
-      for (int64_t p = mine.first; p < mine.last; ++p) {
-        const int64_t first = panels.first_column(p);
-        if (gathers_ids(args)) {
-          for (int64_t j = first, last = first + panels.used_columns(p); j < last; ++j) {
-            out[i][j] = args.W_ih[j * args.I + id] + space.bias[j];
-          }
-          continue;
+      if (gathers_ids(args)) {
+        for (int64_t j = first; j < last; ++j) {
+          out[i][j] = args.W_ih[j * args.I + id] + space.bias[j];
         }
-        constexpr int L = kLanes<scalar>;
-        const int64_t columns = panels.width(p) * L;
-        const scalar* entry = space.input + first * args.I + id * columns;
-        for (int64_t j = 0; j < columns; j += L) {
-          store(out[i] + first + j, load(entry + j) + load(space.bias + first + j));
-        }
+      } else {
+        std::memcpy(out[i] + first, space.input + id * panels.padded_columns() + first,
+                    (last - first) * sizeof(scalar));
       }
     }
     return;
@@ -184,9 +190,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   TileArgs<scalar> product = {.a = previous, .K = args.H, .init = init, .out = current};
   product.a_step = product.out_step = (args.reverse ? -seq.B : seq.B) * args.ldy;
   const int64_t rows_running = rows_of_running_tile(panels);
+  // A table's rows are read where they are, but by a tile that runs step after step.
+  const bool looks_up = args.ids != nullptr && !gathers_ids(args) && rows_running == 0;
   bool backwards = false;  // through the panels: those that were read last are still in the cache
   while (walk.next()) {
-    if (projected == 0) {
+    if (projected == 0 && !looks_up) {
       int64_t count = 0;
       while (count + (slots.last - slots.first) <= kChunkRows && ahead.next()) {
         for (int64_t i = 0; i < ahead.running; ++i) {
@@ -201,8 +209,10 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     int64_t active = walk.running;
     for (int64_t i = 0; i < walk.running; ++i) {
-      current[i] = args.y + row_of(seq, walk.t, slots.first + i) * args.ldy;
-      init[i] = from_input + i * ld_projected;
+      const int64_t row = row_of(seq, walk.t, slots.first + i);
+      current[i] = args.y + row * args.ldy;
+      init[i] =
+          looks_up ? space.input + args.ids[row] * ld_projected : from_input + i * ld_projected;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
       previous[i] = args.y + row_of(seq, before, slots.first + i) * args.ldy;
@@ -220,9 +230,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       product.steps = steady < projected ? steady : projected;
       walk.run(product.steps);
     }
-    projected -= product.steps;
-    product.init_step = walk.running * ld_projected;
-    from_input += product.steps * product.init_step;
+    if (!looks_up) {
+      projected -= product.steps;
+      product.init_step = walk.running * ld_projected;
+      from_input += product.steps * product.init_step;
+    }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
       multiply_rows<Finish::kActivate, activation>(

@@ -56,16 +56,15 @@ struct Transpose<double> {
   }
 };
 
-// Packs K columns of W, whose rows lie ld apart, for one panel of the product a W': `source` is the
-// row of the panel's first column. The result is [K][width] vectors, zero beyond the last column.
+// Transposes K columns of W, whose rows lie ld apart: `source` is the first of n rows. The result
+// is K rows, `stride` apart, filled up to whole vectors with zeros.
 template <typename scalar>
-void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
-                int64_t panel, scalar* target) {
+void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n, scalar* target,
+                          int64_t stride) {
   constexpr int64_t kBlock = Transpose<scalar>::kBlock;
   constexpr int64_t kLine =
       64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
-  const int64_t stride = panels.width(panel) * kLanes<scalar>;
-  const int64_t n = panels.used_columns(panel);
+  const int64_t filled = (n + kLanes<scalar> - 1) / kLanes<scalar> * kLanes<scalar>;
   const int64_t whole = n / kBlock * kBlock;
   int64_t done = 0, packed = 0;  // of so many columns, so much along k
 #ifdef CHARRNN_FAST_TRANSPOSE
@@ -92,9 +91,18 @@ void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar
     }
     for (int64_t k = line; k < end; ++k) {
       for (int64_t j = whole; j < n; ++j) target[k * stride + j] = source[j * ld + k];
-      for (int64_t j = n; j < stride; ++j) target[k * stride + j] = 0;
+      for (int64_t j = n; j < filled; ++j) target[k * stride + j] = 0;
     }
   }
+}
+
+// Packs K columns of W for one panel of the product a W': `source` is the row of the panel's first
+// column. The result is [K][width] vectors.
+template <typename scalar>
+void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
+                int64_t panel, scalar* target) {
+  pack_transposed_rows(source, ld, K, panels.used_columns(panel), target,
+                       panels.width(panel) * kLanes<scalar>);
 }
 
 // Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W'.
