@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from math import exp
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, NoReturn, get_args, get_type_hints
 
+from . import commands
 from .charlm.errors import TrainingDiverged, UsageError
 
 EXAMPLES = """\
@@ -133,12 +129,12 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     main.add_argument("--version", action="version", version=version())
-    commands = main.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = main.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
         name: str, command: Callable[[argparse.Namespace], int | None], help: str, epilog: str = ""
     ) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(
+        sub: argparse.ArgumentParser = subparsers.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
@@ -149,10 +145,10 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    train = add("train", run_train, "train a model on a text", TRAIN_EXAMPLES)
+    train = add("train", commands.train, "train a model on a text", TRAIN_EXAMPLES)
     add_train_options(train)
 
-    sample = add("sample", run_sample, "write text with a trained model", SAMPLE_EXAMPLES)
+    sample = add("sample", commands.sample, "write text with a trained model", SAMPLE_EXAMPLES)
     sample.add_argument("run", metavar="RUN", help="folder of a run")
     text = sample.add_argument
     text("--start", "--prompt", "--prime-text", "--primetext", default="", metavar="TEXT",
@@ -174,30 +170,32 @@ def parser() -> argparse.ArgumentParser:
     )
     add_run_options(sample)
 
-    evaluate = add("eval", run_eval, "measure how well a model predicts a text", EVAL_EXAMPLES)
+    evaluate = add("eval", commands.eval, "measure how well a model predicts a text", EVAL_EXAMPLES)
     evaluate.add_argument("run", metavar="RUN", help="folder of a run")
     evaluate.add_argument("text", metavar="TEXT", nargs="?",
                           help="UTF-8 file (without: what the run held out)")  # fmt: skip
     add_unknown_option(evaluate, "the text")
     add_run_options(evaluate)
 
-    report = add("report", run_report, "make one HTML page about a run", REPORT_EXAMPLES)
+    report = add("report", commands.report, "make one HTML page about a run", REPORT_EXAMPLES)
     report.add_argument("run", metavar="RUN", help="folder of a run")
     report.add_argument("-o", "--output", metavar="FILE", help="(RUN/report.html)")
     report.add_argument("--backend", choices=("fast", "torch"), default="fast")
     report.add_argument("--threads", type=int, default=0, help="threads to compute with")
 
-    export = add("export", run_export, "write a model as ONNX", EXPORT_EXAMPLES)
+    export = add("export", commands.export, "write a model as ONNX", EXPORT_EXAMPLES)
     export.add_argument("run", metavar="RUN", help="folder of a run")
     export.add_argument("-o", "--output", metavar="FILE", help="(RUN/model.onnx)")
     export.add_argument("--last", action="store_true", help="the last weights, not the best ones")
 
-    bench = add("bench", run_bench, "time training and sampling of both backends", BENCH_EXAMPLES)
+    bench = add(
+        "bench", commands.bench, "time training and sampling of both backends", BENCH_EXAMPLES
+    )
     bench.add_argument("--seconds", type=float, default=2.0, help="for a side and a task (2.0)")
     add_train_options(bench, to_run=False)
 
-    add("info", run_info, "show versions, instruction sets and threads")
-    demo = add("demo", run_demo, "train on the built-in text, and compare with torch.nn.RNN")
+    add("info", commands.info, "show versions, instruction sets and threads")
+    demo = add("demo", commands.demo, "train on the built-in text, and compare with torch.nn.RNN")
     demo.add_argument("--out-dir", help="folder for the run (without: a new one in /tmp)")
     demo.add_argument("--max-epochs", type=int, default=5, help="passes over the text (5)")
     demo.add_argument("--max-iters", type=int, default=0, help="steps, in place of epochs")
@@ -243,216 +241,6 @@ def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None
         return
     sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Options from a TOML file, checked against those that there are."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:  # the same module, before it joined Python
-        import tomli as tomllib
-
-    from .charlm.options import TrainOptions
-
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no such file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}") from None
-    known = {f.name: f for f in fields(TrainOptions)}
-    names = {a: n for n, f in known.items() for a in (n, *f.metadata["aliases"])}
-    hints = get_type_hints(TrainOptions)
-    options = {}
-    for key, value in values.items():
-        name = names.get(key.replace("-", "_"))
-        if name is None:
-            raise UsageError(f"{path}: no such option: {key}")
-        wanted = str if name == "text" else type(known[name].default)
-        if wanted is float and type(value) is int:
-            value = float(value)
-        choices = get_args(hints[name]) if name != "text" else ()
-        if type(value) is not wanted or (choices and value not in choices):
-            expected = f"one of {', '.join(choices)}" if choices else wanted.__name__
-            raise UsageError(f"{path}: {key} must be {expected}, not {value!r}")
-        options[name] = value
-    return options
-
-
-def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the flags and the file of --config say; flags win."""
-    from .charlm.options import TrainOptions
-
-    given = read_config(arguments.config) if arguments.config else {}
-    return given | {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
-                    if hasattr(arguments, f.name)}  # fmt: skip
-
-
-def run_train(arguments: argparse.Namespace) -> None:
-    from .charlm.options import TrainOptions, resumed_options
-    from .charlm.train import Trainer
-
-    given = given_options(arguments)
-    if arguments.resume:
-        options = resumed_options(arguments.resume, given)
-    else:
-        options = replace(TrainOptions(), **given)
-    trainer = Trainer(options, resume=bool(arguments.resume), overwrite=arguments.overwrite)
-    trainer.say(
-        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
-        f"{len(trainer.vocabulary)} characters, {trainer.total_steps} steps"
-    )
-    progress = trainer.run()
-    trainer.say(f"saved in {options.out_dir}; best at step {progress.best_step}; "
-                f"try: charrnn-fast sample {options.out_dir}")  # fmt: skip
-    trainer.leave_group()
-
-
-def run_sample(arguments: argparse.Namespace) -> None:
-    from .charlm.checkpoint import from_pretrained
-    from .charlm.data import read_prompt
-    from .charlm.sample import SampleOptions, sample, stream, write_stream
-
-    options = SampleOptions(
-        0.0 if arguments.greedy else arguments.temperature, arguments.top_k, arguments.top_p
-    )
-    if arguments.length < 1 or arguments.num_samples < 1:
-        raise UsageError("--length and --num-samples must be at least 1")
-    model, vocabulary, _ = from_pretrained(
-        arguments.run, arguments.backend, arguments.device, arguments.last
-    )
-    prompt = arguments.start
-    if prompt.startswith("FILE:"):
-        prompt = read_prompt(prompt.removeprefix("FILE:"), vocabulary)
-    if arguments.num_samples == 1 and not arguments.output:
-        pieces = stream(
-            model, vocabulary, prompt, arguments.length, options,
-            seed=arguments.seed, on_unknown=arguments.on_unknown,
-            chunk=32 if sys.stdout.isatty() else 1024,
-        )  # fmt: skip
-        first = next(pieces)  # an unknown character is found before anything is printed
-        sys.stdout.write(prompt)
-        write_stream((p for g in ([first], pieces) for p in g), vocabulary, arguments.stop)
-        sys.stdout.write("\n")
-        return
-    texts = sample(
-        model, vocabulary, prompt, arguments.length,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        seed=arguments.seed, streams=arguments.num_samples, stop=arguments.stop,
-        on_unknown=arguments.on_unknown,
-        errors="surrogateescape" if arguments.output else "replace",
-    )  # fmt: skip
-    content = ("\n" + "-" * 15 + "\n").join(prompt + text for text in texts) + "\n"
-    if arguments.output:
-        Path(arguments.output).write_bytes(content.encode("utf-8", "surrogateescape"))
-    else:
-        sys.stdout.write(content)
-
-
-def run_eval(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
-    from .charlm.checkpoint import from_pretrained
-    from .charlm.data import LineBatches, encode_file, held_out_part
-    from .charlm.evaluate import evaluate_lines, evaluate_stream
-    from .charlm.model import bits
-    from .charlm.options import saved_options
-
-    model, vocabulary, training = from_pretrained(
-        arguments.run, arguments.backend, arguments.device, arguments.last
-    )
-    name, part = "held out", None
-    if arguments.text is None:
-        part = held_out_part(training)
-        pieces = iter(()) if isinstance(part, LineBatches) else iter((part,))
-    else:
-        name = arguments.text
-        pieces = encode_file(arguments.text, vocabulary, arguments.on_unknown)
-        if training and saved_options(training).lines:
-            ids = np.concatenate([*pieces])
-            part = LineBatches(ids, 64, vocabulary.characters.index("\n"), 0)
-    start = time.perf_counter()
-    if isinstance(part, LineBatches):
-        loss, count = evaluate_lines(model, part)
-    else:
-        loss, count = evaluate_stream(model, pieces)
-    if not count:
-        raise UsageError(f"{name}: two characters are the least there is to predict")
-    print(
-        f"{name}: {loss:.4f} nats, {bits(loss):.4f} bits/character, perplexity {exp(loss):.3f} "
-        f"({count:,} characters, {count / (time.perf_counter() - start):,.0f} a second)"
-    )
-
-
-def run_report(arguments: argparse.Namespace) -> None:
-    from .charlm.report import write_report
-
-    print(f"wrote {write_report(arguments.run, arguments.output, arguments.backend)}")
-
-
-def run_export(arguments: argparse.Namespace) -> None:
-    from .charlm.checkpoint import from_pretrained
-    from .charlm.export import difference_in_onnxruntime, export_onnx
-
-    model, vocabulary, _ = from_pretrained(arguments.run, "torch", last=arguments.last)
-    path = arguments.output or str(Path(arguments.run) / "model.onnx")
-    export_onnx(model, vocabulary, path)
-    try:
-        difference = difference_in_onnxruntime(model, path)
-    except ImportError:
-        print(f"wrote {path}; not tried: onnxruntime is not installed")
-    else:
-        print(f"wrote {path}; scores in ONNX Runtime differ by {difference:.1e} at most")
-
-
-def run_bench(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from .charlm.bench import bench
-    from .charlm.options import TrainOptions
-
-    options = replace(TrainOptions(), **given_options(arguments))
-    if not arguments.seconds > 0:
-        raise UsageError("--seconds must be positive")
-    rows = bench(options, arguments.seconds)
-    print(
-        f"{options.num_layers} x {options.hidden_size}, batch {options.batch_size}, "
-        f"sequences of {options.seq_length}, {torch.get_num_threads()} threads; characters/s"
-    )
-    print(f"{'':24} {'charrnn_fast':>14} {'torch.nn.RNN':>14} {'ratio':>7}")
-    for row in rows:
-        print(f"{row.task:24} {row.fast:14,.0f} {row.torch:14,.0f} {row.fast / row.torch:7.2f}")
-
-
-def run_info(arguments: argparse.Namespace) -> None:
-    import torch
-
-    import charrnn_fast
-
-    from ._extension import cuda_choice
-
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no"
-    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::rnn_layer", "CUDA")
-    rows = {
-        "charrnn_fast": charrnn_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cuda": cuda,
-        "CUDA kernels": ("" if kernels else "not ") + f"in this build: {cuda_choice()}",
-        "instruction sets": ", ".join(charrnn_fast.available_isas()),
-        "in use": charrnn_fast.current_isa(),
-        "build": json.dumps(charrnn_fast.build_info()),
-    }
-    for name, value in rows.items():
-        print(f"{name:17} {value}")
-
-
-def run_demo(arguments: argparse.Namespace) -> None:
-    from .charlm.demo import demo
-
-    demo(arguments.out_dir, arguments.max_epochs, arguments.max_iters)
 
 
 def version() -> str:

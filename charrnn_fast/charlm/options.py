@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
@@ -123,3 +124,35 @@ def saved_options(saved: dict[str, Any]) -> TrainOptions:
         )
     except TypeError as error:
         raise UsageError(f"{checkpoint.CONFIG} is damaged: {error}") from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Options from a TOML file, checked against those that there are."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # the same module, before it joined Python
+        import tomli as tomllib
+
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {error}") from None
+    known = {f.name: f for f in fields(TrainOptions)}
+    names = {a: n for n, f in known.items() for a in (n, *f.metadata["aliases"])}
+    hints = get_type_hints(TrainOptions)
+    options = {}
+    for key, value in values.items():
+        name = names.get(key.replace("-", "_"))
+        if name is None:
+            raise UsageError(f"{path}: no such option: {key}")
+        wanted = str if name == "text" else type(known[name].default)
+        if wanted is float and type(value) is int:
+            value = float(value)
+        choices = get_args(hints[name]) if name != "text" else ()
+        if type(value) is not wanted or (choices and value not in choices):
+            expected = f"one of {', '.join(choices)}" if choices else wanted.__name__
+            raise UsageError(f"{path}: {key} must be {expected}, not {value!r}")
+        options[name] = value
+    return options
