@@ -1,0 +1,31 @@
+"""What a run left in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from charrnn_fast.charlm.checkpoint import read_tensors
+
+TIMES = ("seconds", "chars_per_second")
+
+
+def metrics(folder) -> list[dict]:
+    """The rows of metrics.jsonl without what a clock wrote."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights(folder, name="model.safetensors") -> bytes:
+    return (Path(folder) / name).read_bytes()
+
+
+def tensors_of(content: bytes) -> bytes:
+    """A safetensors file without its header, where the time spent is written."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def step_of(folder: Path) -> int:
+    """The step of the last checkpoint, 0 without one."""
+    path = folder / "last.safetensors"
+    return read_tensors(path, "none")[1]["progress"]["step"] if path.exists() else 0
