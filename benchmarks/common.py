@@ -166,14 +166,16 @@ def measure(
 
     Sides take turns round by round, so that a change of clock or a disturbance meets all of them;
     the order rotates. A round makes as many calls as fill `round_time`, after one untimed call that
-    brings back what the other sides pushed out of the caches (slow calls do without).
+    brings back what the other sides pushed out of the caches (calls of many rounds' time do
+    without: they take longer than that does).
     """
-    calls = {}
+    calls, warm = {}, {}
     for side in sides:
         begin(side)
         side.run()
         once = min(time_calls(side.run, 1) for _ in range(3))
         calls[side.name] = max(1, min(10_000, round(round_time / once)))
+        warm[side.name] = once < 10 * round_time
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -181,7 +183,7 @@ def measure(
         first = rounds % len(sides)
         for side in sides[first:] + sides[:first]:
             begin(side)
-            if calls[side.name] > 1:
+            if warm[side.name]:
                 side.run()
             times[side.name].append(time_calls(side.run, calls[side.name]))
         rounds += 1
