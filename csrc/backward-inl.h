@@ -17,8 +17,8 @@ struct WeightSums {
   bool* seen;     // [I], each member's own of its parts
 };
 
-// Where delta lies: the rows of each group of members (see backward_all) beside each other, so that
-// no group's core fetches ahead what another one is about to write.
+// Where delta lies: the rows of each group of members beside each other, so that no core fetches
+// ahead what another group is about to write.
 template <typename scalar>
 struct DeltaRows {
   scalar* rows;
@@ -40,12 +40,12 @@ struct BackwardSpace {
   int parts;
   WeightSums<scalar> sums[kMostParts];  // the first part's are the results themselves
 
-  // Members that share the hidden units are one group. Else there may be groups, each of which has
-  // parts of its own: it needs no rows of the others.
+  // Members that share the hidden units are one group. Else there may be as many groups as parts,
+  // each of which has its own one, and needs no rows of the others.
   int groups;
   Team group;
-  int first_part, last_part;
-  Range slots;
+  int first_part, last_part;  // of the group
+  Range slots;                // of those
   DeltaRows<scalar> delta;
 
   // Shared by the members that pack it.

@@ -101,7 +101,7 @@ struct BackwardArgs {
   const scalar* dy;  // [N, H], rows lddy apart; or null: zeros
   int64_t lddy;
   const scalar* dh_n;  // [B, H] or null: zeros
-  scalar* delta;       // [N, H] scratch, aliases nothing; rows as of dx
+  scalar* delta;       // [N, H] scratch, aliases nothing; its rows are in an order of its own
   scalar* dx;          // [N, I]; rows outside every sequence are left alone
   scalar* dh0;         // [B, H]
   scalar* dW_ih;       // [H, I]
