@@ -64,8 +64,9 @@ def test_working_memory_is_kept_by_its_thread_and_freed_with_it():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     peak = threads()
-    assert counts[0][0] > 1000
-    assert max(later for _, later in counts) < 800
+    first = counts[0][0]
+    assert first > 1000
+    assert max(later for _, later in counts) < first  # those of ten calls: their results
     assert threads() - peak < 20_000  # kilobytes
 
 
