@@ -12,9 +12,9 @@
 #include <optional>
 #include <utility>
 
-namespace charrnn_fast {
+#include "rnn.h"
 
-constexpr size_t kPage = 4096;
+namespace charrnn_fast {
 
 // So that what follows in the same block begins a page.
 inline size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }

@@ -13,6 +13,17 @@
 #include "layer.h"
 
 namespace charrnn_fast {
+
+template <typename Op>
+static c10::TypedOperatorHandle<Op> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+}
+
+const c10::TypedOperatorHandle<LayerBackwardOp>& layer_backward_op() {
+  static const auto op = find_op<LayerBackwardOp>("charrnn_fast::rnn_layer_backward");
+  return op;
+}
+
 namespace {
 
 using at::Tensor;
@@ -21,29 +32,17 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 const auto& layer_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charrnn_fast::rnn_layer", "")
-                             .typed<LayerOp>();
-  return op;
-}
-
-const auto& layer_backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charrnn_fast::rnn_layer_backward", "")
-                             .typed<LayerBackwardOp>();
+  static const auto op = find_op<LayerOp>("charrnn_fast::rnn_layer");
   return op;
 }
 
 const auto& linear_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("charrnn_fast::linear", "").typed<LinearOp>();
+  static const auto op = find_op<LinearOp>("charrnn_fast::linear");
   return op;
 }
 
 const auto& linear_backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charrnn_fast::linear_backward", "")
-                             .typed<LinearBackwardOp>();
+  static const auto op = find_op<LinearBackwardOp>("charrnn_fast::linear_backward");
   return op;
 }
 
@@ -246,8 +245,8 @@ struct LinearBackward : public Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    input.reset_data();
-    weight.reset_data();
+    input.reset();
+    weight.reset();
     released = true;
   }
 
@@ -263,7 +262,7 @@ struct LinearBackward : public Node {
     return result;
   }
 
-  SavedVariable input, weight;
+  SavedOperand input, weight;
   bool released = false;
 };
 
@@ -282,8 +281,8 @@ Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
   if (!recorded) return y;
   auto node = make_node<LinearBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias));
-  node->input = SavedVariable(input, false);
-  node->weight = SavedVariable(weight, false);
+  node->input = SavedOperand(input, weight.requires_grad());
+  node->weight = SavedOperand(weight, input.requires_grad());
   torch::autograd::set_history(y, node);
   return y;
 }
@@ -301,16 +300,6 @@ std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Ten
 }
 
 }  // namespace
-
-std::vector<Tensor> call_layer_backward(const Optional& dy, const Optional& dh_n,
-                                        const Tensor& input, const Optional& hx,
-                                        at::TensorList weights, const Tensor& y,
-                                        const Optional& batch_sizes, const Optional& lengths,
-                                        std::string_view mode, bool has_biases,
-                                        c10::List<bool> needs) {
-  return layer_backward_op().call(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode,
-                                  has_biases, needs);
-}
 
 Pair call_layer(const Tensor& input, const Optional& hx, at::TensorList weights,
                 const Optional& batch_sizes, const Optional& lengths, std::string_view mode,

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <atomic>
 #include <optional>
@@ -117,13 +118,8 @@ Pair rnn(const at::Tensor& input, const Optional& hx, at::TensorList params,
 // what is wrong with them.
 bool linear_is_served(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
-// Call the ops through the dispatcher.
-std::vector<at::Tensor> call_layer_backward(const Optional& dy, const Optional& dh_n,
-                                            const at::Tensor& input, const Optional& hx,
-                                            at::TensorList weights, const at::Tensor& y,
-                                            const Optional& batch_sizes, const Optional& lengths,
-                                            std::string_view mode, bool has_biases,
-                                            c10::List<bool> needs);
+// The ops, called through the dispatcher.
+const c10::TypedOperatorHandle<LayerBackwardOp>& layer_backward_op();
 Pair call_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
                 const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
                 bool has_biases);

@@ -81,7 +81,7 @@ std::vector<Tensor> linear_backward_cpu(const Tensor& dy, const Tensor& input,
   const auto dtype = weight.scalar_type();
   const Tensor W_hh = empty({V, V}, dtype), b = empty({V}, dtype);
   const Tensor delta = dy.reshape({1, -1, V});
-  auto grads = call_layer_backward(
+  auto grads = layer_backward_op().call(
       delta, std::nullopt, input.reshape({1, -1, H}), std::nullopt, {weight, W_hh, b, b},
       at::ones({V}, weight.options()).expand_as(delta), std::nullopt, std::nullopt, "RNN_RELU",
       true, c10::List<bool>({true, false, true, false, true, false}));

@@ -15,6 +15,9 @@ namespace charrnn_fast {
 
 enum class Activation : int32_t { kTanh = 0, kRelu = 1, kSigmoid = 2 };
 
+// As far as a core's prefetching reaches: what a core writes begins a page of its own.
+constexpr size_t kPage = 4096;
+
 // Only its bits: the kernels of an ISA know what to do with them.
 struct bfloat16 {
   uint16_t bits;

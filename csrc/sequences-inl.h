@@ -205,8 +205,7 @@ class Arena {
   }
   size_t used() const { return used_; }
 
-  // A page is as far as another core's prefetching reaches: what a core writes begins a new one.
-  void next_page() { used_ = (used_ + 4095) / 4096 * 4096; }
+  void next_page() { used_ = (used_ + kPage - 1) / kPage * kPage; }
 
   // Calls take() for each of `count` owners of pieces alike; last for number `mine`, whose pieces
   // it so leaves in its variables.

@@ -162,6 +162,10 @@ def test_derivatives_of_linear():
         W.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    y = linear(x.detach(), W, b)
+    with torch.no_grad():
+        W.mul_(2)  # nothing reads it
+    y.sum().backward()
     y = linear(x, W, b)
     y.sum().backward()
     with pytest.raises(RuntimeError, match="a second time"):

@@ -34,7 +34,7 @@ def backward_of_weights(T, B, H):
     """One call of the kernels whose results are small and whose working memory is not."""
     x, y = torch.zeros(T, B, 8), torch.zeros(T, B, H)
     weights = [torch.zeros(H, 8), torch.zeros(H, H)]
-    needs = [False, False, True, True]
+    needs = [False, False, True, False]  # of dW_ih, a small result
     backward = torch.ops.charrnn_fast.rnn_layer_backward
     return lambda: backward(y, None, x, None, weights, y, None, None, "RNN_TANH", False, needs)
 
@@ -64,9 +64,8 @@ def test_working_memory_is_kept_by_its_thread_and_freed_with_it():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     peak = threads()
-    first = counts[0][0]
-    assert first > 1000
-    assert max(later for _, later in counts) < first  # those of ten calls: their results
+    assert counts[0][0] > 1000
+    assert max(later for _, later in counts) < 800
     assert threads() - peak < 20_000  # kilobytes
 
 

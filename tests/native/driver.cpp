@@ -221,14 +221,16 @@ struct Problem {
 int64_t random_size(int64_t small, int64_t large) { return 1 + below(below(8) ? small : large); }
 
 // Between rows: mostly none or few elements, sometimes so many that 32 bits do not count them; with
-// -DDENSE never, as emulators and ThreadSanitizer keep notes of every page, used or not.
-int64_t random_gap(int64_t width) {
+// -DDENSE never, as emulators and ThreadSanitizer keep notes of every page, used or not; nor
+// between so many rows that addresses run out.
+int64_t random_gap(int64_t width, int64_t rows) {
 #ifdef DENSE
   const int64_t kind = 1 + below(39);
 #else
   const int64_t kind = below(40);
 #endif
-  return kind == 0 ? (int64_t{1} << 31) + below(9) : kind < 20 ? below(5) : kind < 25 ? width : 0;
+  const bool huge = kind == 0 && rows <= 1000;
+  return huge ? (int64_t{1} << 31) + below(9) : kind < 20 ? below(5) : kind < 25 ? width : 0;
 }
 
 std::unique_ptr<Array<int64_t>> copied(const std::vector<int64_t>& values) {
@@ -276,15 +278,15 @@ Problem<scalar> random_problem() {
     p.ids = array<int64_t>(1, p.N);
     for (int64_t i = 0; i < p.N; ++i) p.ids->data[i] = below(p.I);
   } else {
-    p.x = randoms<scalar>(p.N, p.I, 1.0, random_gap(p.I));
+    p.x = randoms<scalar>(p.N, p.I, 1.0, random_gap(p.I, p.N));
   }
   p.W_ih = randoms<scalar>(p.H, p.I, 1 / std::sqrt(static_cast<double>(p.I)));
   p.W_hh = randoms<scalar>(p.H, p.H, scale);
   if (coin()) p.b_ih = randoms<scalar>(1, p.H, 0.3);
   if (p.b_ih) p.b_hh = randoms<scalar>(1, p.H, 0.3);
   if (coin()) p.h0 = randoms<scalar>(p.B, p.H, 0.5);
-  p.y_gap = random_gap(p.H);
-  if (below(5)) p.dy = randoms<scalar>(p.N, p.H, 1.0, random_gap(p.H));
+  p.y_gap = random_gap(p.H, p.N);
+  if (below(5)) p.dy = randoms<scalar>(p.N, p.H, 1.0, random_gap(p.H, p.N));
   if (coin() || !p.dy) p.dh_n = randoms<scalar>(p.B, p.H, 1.0);
   return p;
 }
@@ -490,8 +492,9 @@ void check_backward(Problem<scalar>& p, Array<scalar>& y, Backward<scalar>& out)
   }
   if (out.dx) expect_close("dx", *out.dx, dx);
   if (out.dh0) expect_close("dh0", *out.dh0, dh0);
-  // Sums may be small beside their terms, whose errors they have.
-  const double size = std::max(1.0, *std::max_element(sizes.begin(), sizes.end()) / 8);
+  // Sums may be small beside their terms, whose errors of half a per cent in bfloat16 they have.
+  const bool coarse = std::is_same_v<scalar, bfloat16>;
+  const double size = coarse ? std::max(1.0, std::ranges::max(sizes) / 8) : 1;
   if (out.dW_ih) expect_close("dW_ih", *out.dW_ih, dW_ih, size);
   if (out.dW_hh) expect_close("dW_hh", *out.dW_hh, dW_hh, size);
   if (out.db) expect_close("db", *out.db, db, size);
