@@ -117,20 +117,19 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
     const auto y = [&](int r, int p) __attribute__((always_inline)) {
       return args.y[first_row + r] + s * args.y_step + args.column + p * L;
     };
-    // What the end of a large tile needs may lie in memory: it arrives while the tile is summed.
-    if constexpr (R * P >= 8) {
+    // What the end of a large tile needs may lie in memory: it arrives while the tile is summed,
+    // row by row, lest the sums wait behind many fetches at once.
+    constexpr bool kFetches = R * P >= 8;
+    const auto fetch = [&](int r) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          __builtin_prefetch(init(r, p));
-          if constexpr (finish == Finish::kBackward) __builtin_prefetch(y(r, p));
-          if constexpr (finish == Finish::kStore || finish == Finish::kBackward) {
-            __builtin_prefetch(out(r, p), 1);
-          }
+      for (int p = 0; p < P; ++p) {
+        __builtin_prefetch(init(r, p));
+        if constexpr (finish == Finish::kBackward) __builtin_prefetch(y(r, p));
+        if constexpr (finish == Finish::kStore || finish == Finish::kBackward) {
+          __builtin_prefetch(out(r, p), 1);
         }
       }
-    }
+    };
 
     const scalar* panel = args.panel;
     Vec<scalar> total[R * P];
@@ -157,6 +156,14 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         }
       };
       int64_t k = 0;
+      if constexpr (kFetches && C == 1) {
+        const int64_t between = terms / (R + 1);
+#pragma GCC unroll 1
+        for (int r = 0; r < R && first == 0; ++r) {
+          fetch(r);
+          for (const int64_t end = k + between; k < end; ++k) step(0, k);
+        }
+      }
       for (; k + C <= terms; k += C) {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) step(c, k + c);
