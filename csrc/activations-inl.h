@@ -2,7 +2,8 @@
 //
 // tanh and sigmoid stand on one core: with |r| <= ln2/2 and x = n ln2 + r, exp(x) = 2^n (1 + p(r)),
 // p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
-// (Remez). Accuracy (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
+// (Remez). Where an ISA has a tanh of its own, activate() takes that. Accuracy
+// (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
 
 template <typename scalar>
 struct ExpConstants;
@@ -127,7 +128,12 @@ ALWAYS_INLINE Vec<scalar> relu(Vec<scalar> x) {
 
 template <Activation activation, typename scalar>
 ALWAYS_INLINE Vec<scalar> activate(Vec<scalar> x) {
-  if constexpr (activation == Activation::kTanh) return tanh<scalar>(x);
+  if constexpr (activation == Activation::kTanh) {
+#ifdef CHARRNN_FAST_TANH
+    if constexpr (sizeof(scalar) == 4) return tanh_by_pieces(x);
+#endif
+    return tanh<scalar>(x);
+  }
   if constexpr (activation == Activation::kSigmoid) return sigmoid<scalar>(x);
   return relu<scalar>(x);
 }
