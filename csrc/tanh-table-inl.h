@@ -1,4 +1,5 @@
 // Made by tools/tanh_table.py, which tells what it is.
+// clang-format off
 constexpr float kTanhOffset = 0.625f, kTanhSaturates = 9.1f;
 constexpr int kTanhShift = 20;
 // The centers, then c0 to c4.
@@ -52,3 +53,4 @@ alignas(64) constexpr float kTanhPieces[6][32] = {
      1.696312129e-01f, 1.533209831e-01f, 1.195343286e-01f, 7.998345047e-02f,
      4.341882095e-02f, 1.451613382e-02f, -5.539443810e-03f, -1.764630526e-02f},
 };
+// clang-format on

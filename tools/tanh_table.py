@@ -103,6 +103,7 @@ def main() -> None:
     # A permutation reads the low five bits of a piece's number.
     turned = [table[(place - first_piece()) % PIECES] for place in range(PIECES)]
     print("// Made by tools/tanh_table.py, which tells what it is.")
+    print("// clang-format off")
     print(f"constexpr float kTanhOffset = {OFFSET}f, kTanhSaturates = {SATURATES}f;")
     print(f"constexpr int kTanhShift = {SHIFT};")
     print("// The centers, then c0 to c4.")
@@ -113,6 +114,7 @@ def main() -> None:
             print("    " + ("{" if first == 0 else " ") + numbers, end="")
             print("}," if first == PIECES - 4 else ",")
     print("};")
+    print("// clang-format on")
 
 
 if __name__ == "__main__":
