@@ -35,18 +35,20 @@ void check_index_list(const at::Tensor& tensor, const char* name) {
               tensor.scalar_type(), " tensor on ", tensor.device());
 }
 
-// Packed data: the sizes fall, and add up to the rows of the input.
+// Packed data: the sizes fall, and add up to the rows of the input. They may end in zeros, as
+// nn.RNN takes them, too: no step of these exists.
 void check_batch_sizes(const at::Tensor& batch_sizes, Layer* layer) {
   check_index_list(batch_sizes, "batch_sizes");
   const at::Tensor sizes = batch_sizes.contiguous();
   const int64_t* size = sizes.const_data_ptr<int64_t>();
-  layer->T = sizes.numel();
-  TORCH_CHECK_INDEX(layer->T > 0, "Expected batch_sizes with at least one step, got none");
+  TORCH_CHECK_INDEX(sizes.numel() > 0, "Expected batch_sizes with at least one step, got none");
+  layer->T = 0;
   layer->B = size[0];
   int64_t rows = 0;
-  for (int64_t t = 0; t < layer->T; ++t) {
-    TORCH_CHECK(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]),
-                "batch_sizes must be positive and never rise, got ", size[t], " at step ", t);
+  for (int64_t t = 0; t < sizes.numel(); ++t) {
+    TORCH_CHECK(t == 0 ? size[t] > 0 : 0 <= size[t] && size[t] <= size[t - 1],
+                "batch_sizes must begin above zero and never rise, got ", size[t], " at step ", t);
+    if (size[t] > 0) layer->T = t + 1;
     // Compared before it is added: sizes near 2^63 would wrap around to a sum that fits.
     TORCH_CHECK(size[t] <= layer->N - rows, "batch_sizes add up to more rows than input has, ",
                 layer->N, ", at step ", t);

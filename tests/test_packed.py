@@ -56,6 +56,33 @@ def test_packed_and_sorted(batch_first):
     torch.testing.assert_close(a[1], b[1])
 
 
+@pytest.mark.parametrize("sizes", [[3, 2, 0], [2, 0, 0], [4, 4, 1, 0]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_steps_without_sequences(isa, sizes, options):
+    """Batch sizes may end in zeros, which pack_sequence never makes: they change nothing."""
+    stock, ours = pair(4, 6, dtype=torch.float64, **options)
+    data = torch.randn(sum(sizes), 4, dtype=torch.float64)
+
+    def run(module, sizes):
+        x = leaf(data)
+        output, h_n = module(PackedSequence(x, torch.tensor(sizes)))
+        grads = torch.autograd.grad(
+            output.data.cos().sum() + h_n.sin().sum(), [x, *module.parameters()], create_graph=True
+        )
+        again = torch.autograd.grad(sum(g.square().sum() for g in grads), x)
+        results = dict(enumerate([output.data, h_n, *grads, *again]))
+        return {str(k): v.detach() for k, v in results.items()}, output.batch_sizes.tolist()
+
+    with assert_fused():
+        ours(PackedSequence(data, torch.tensor(sizes)))[0].data.sum().backward()
+    want, stock_sizes = run(stock, sizes)
+    got, our_sizes = run(ours, sizes)
+    assert_same(got, want, rtol=1e-10, atol=1e-10)
+    assert our_sizes == stock_sizes == sizes
+    shorter, _ = run(ours, [size for size in sizes if size > 0])
+    assert all(torch.equal(got[k], shorter[k]) for k in got)
+
+
 def test_packed_tokens():
     """Packed ids give the results of packed one-hot vectors."""
     stock, ours = pair(7, 6, 2, bidirectional=True)
