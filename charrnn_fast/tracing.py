@@ -42,4 +42,9 @@ def fx_call(module: nn.Module, *args: Any) -> Any:
     while args[-1] is None:
         args = args[:-1]
     tracer: Any = proxy.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    path = tracer.path_of_module(module)
+    if not path:
+        raise fx.proxy.TraceError(
+            f"{type(module).__name__} is a leaf of FX: trace a module that holds it"
+        )
+    return tracer.create_proxy("call_module", path, args, {})

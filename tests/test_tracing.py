@@ -101,6 +101,16 @@ def test_fx(make):
     assert ("call_module", "inner") in graphs[1]
 
 
+@pytest.mark.parametrize("make", [pair, cells])
+def test_fx_of_the_module_itself(make):
+    """FX cannot look into the module: the same kind of error for both, and ours names the cure."""
+    stock, ours = make(3, 5)
+    with pytest.raises(fx.proxy.TraceError):
+        fx.symbolic_trace(stock)
+    with pytest.raises(fx.proxy.TraceError, match="trace a module that holds it"):
+        fx.symbolic_trace(ours)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 def test_jit_trace(options):
