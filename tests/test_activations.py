@@ -1,16 +1,12 @@
 """The kernels' tanh, sigmoid and relu: error in ulp over dense grids, special values, every ISA."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import charrnn_fast
 
-ROOT = Path(__file__).parent.parent
 # Stated in csrc/activations-inl.h.
 BOUND_ULP = 2.5
 # Of float32's tanh where it has a table, stated in csrc/avx512-inl.h.
@@ -88,9 +84,3 @@ def test_relu_is_exact(isa):
     """relu rounds nothing."""
     x = grid(torch.float32)
     assert torch.equal(activation(x, "RNN_RELU"), torch.relu(x))
-
-
-def test_the_table_of_tanh_is_what_its_tool_computes():
-    tool = ROOT / "tools" / "tanh_table.py"
-    made = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
-    assert made.stdout == (ROOT / "csrc" / "tanh-table-inl.h").read_text()

@@ -248,3 +248,9 @@ def test_what_a_build_lacks_is_one_line(tmp_path: Path) -> None:
     assert "g++ has no OpenMP" in preflight(tmp_path)
     program(tmp_path / "g++", "exit 0")
     assert preflight(tmp_path) == ""
+
+
+def test_the_table_of_tanh_is_what_its_tool_computes():
+    tool = ROOT / "tools" / "tanh_table.py"
+    made = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
+    assert made.stdout == (ROOT / "csrc" / "tanh-table-inl.h").read_text()
