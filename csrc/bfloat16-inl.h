@@ -391,6 +391,8 @@ void forward_block(const ForwardArgs<bfloat16>& args, const BFloat16ForwardSpace
   const int64_t end = panels.first_column(mine.last);
   const int64_t last = end < args.H ? end : args.H;
 
+  int64_t slot[kBlockSlots];
+  order_slots(seq, slots, slot);
   StepWalk walk(seq, slots.first, slots.last, args.reverse);
   StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
   int64_t projected = 0;  // rows projected,
@@ -406,7 +408,7 @@ void forward_block(const ForwardArgs<bfloat16>& args, const BFloat16ForwardSpace
       used = projected = 0;
       while (projected + (slots.last - slots.first) <= kProjectedRows && ahead.next()) {
         for (int64_t i = 0; i < ahead.running; ++i) {
-          rows[projected++] = row_of(seq, ahead.t, slots.first + i);
+          rows[projected++] = row_of(seq, ahead.t, slot[i]);
         }
       }
       project(args, space, mine, rows, projected);
@@ -414,20 +416,20 @@ void forward_block(const ForwardArgs<bfloat16>& args, const BFloat16ForwardSpace
 
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     for (int64_t i = 0; i < walk.running; ++i) {
-      const int64_t row = row_of(seq, walk.t, slots.first + i);
+      const int64_t row = row_of(seq, walk.t, slot[i]);
       current[i] = args.y + row * args.ldy;
       init[i] = args.ids != nullptr ? space.table + args.ids[row] * panels.padded_columns()
                                     : space.projected + used++ * panels.padded_columns();
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
-      previous[i] = args.y + row_of(seq, before, slots.first + i) * args.ldy;
+      previous[i] = args.y + row_of(seq, before, slot[i]) * args.ldy;
     }
     int64_t active = walk.running;
     if (args.h0 == nullptr) {
       active = walk.continuing;
     } else {
       for (int64_t i = walk.continuing; i < walk.running; ++i) {
-        previous[i] = args.h0 + state_row_of(seq, slots.first + i) * args.H;
+        previous[i] = args.h0 + state_row_of(seq, slot[i]) * args.H;
       }
     }
     for (int64_t p = mine.first; p < mine.last; ++p) {

@@ -178,6 +178,8 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   const int64_t end = panels.first_column(mine.last);
   const int64_t last = end < args.H ? end : args.H;
 
+  int64_t slot[kBlockSlots];
+  order_slots(seq, slots, slot);
   StepWalk walk(seq, slots.first, slots.last, args.reverse);
   StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
   int64_t projected = 0;  // steps projected and not yet run
@@ -198,7 +200,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       int64_t count = 0;
       while (count + (slots.last - slots.first) <= kChunkRows && ahead.next()) {
         for (int64_t i = 0; i < ahead.running; ++i) {
-          rows[count++] = row_of(seq, ahead.t, slots.first + i);
+          rows[count++] = row_of(seq, ahead.t, slot[i]);
         }
         ++projected;
       }
@@ -209,19 +211,19 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     int64_t active = walk.running;
     for (int64_t i = 0; i < walk.running; ++i) {
-      const int64_t row = row_of(seq, walk.t, slots.first + i);
+      const int64_t row = row_of(seq, walk.t, slot[i]);
       current[i] = args.y + row * args.ldy;
       init[i] =
           looks_up ? space.input + args.ids[row] * ld_projected : from_input + i * ld_projected;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
-      previous[i] = args.y + row_of(seq, before, slots.first + i) * args.ldy;
+      previous[i] = args.y + row_of(seq, before, slot[i]) * args.ldy;
     }
     if (args.h0 == nullptr) {
       active = walk.continuing;
     } else {
       for (int64_t i = walk.continuing; i < walk.running; ++i) {
-        previous[i] = args.h0 + state_row_of(seq, slots.first + i) * args.H;
+        previous[i] = args.h0 + state_row_of(seq, slot[i]) * args.H;
       }
     }
     product.steps = 1;
