@@ -156,6 +156,10 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         }
       };
       int64_t k = 0;
+      if constexpr (kFetches && C > 1 && finish == Finish::kBackward) {  // too few terms to wait
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) fetch(r);
+      }
       if constexpr (kFetches && C == 1) {
         const int64_t between = terms / (R + 1);
 #pragma GCC unroll 1
