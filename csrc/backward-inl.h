@@ -231,8 +231,9 @@ void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   for (int64_t done = 0; done < rows;) {
     const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i, walk.next()) {
-      delta[i] = space.delta(walk.t, walk.slot);
-      dx[i] = args.dx + row_of(args.seq, walk.t, walk.slot) * args.I;
+      const int64_t slot = inwards(args.seq, space.slots, walk.slot - space.slots.first);
+      delta[i] = space.delta(walk.t, slot);
+      dx[i] = args.dx + row_of(args.seq, walk.t, slot) * args.I;
       init[i] = space.zeros;
     }
     done += count;

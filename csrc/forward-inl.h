@@ -179,7 +179,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   const int64_t last = end < args.H ? end : args.H;
 
   int64_t slot[kBlockSlots];
-  order_slots(seq, slots, slot);
+  for (int64_t i = 0; i < slots.last - slots.first; ++i) slot[i] = inwards(seq, slots, i);
   StepWalk walk(seq, slots.first, slots.last, args.reverse);
   StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
   int64_t projected = 0;  // steps projected and not yet run

@@ -142,15 +142,12 @@ class RowWalk {
   bool down_;
 };
 
-// The slots of a block in the order in which their rows are written at every step: from both ends
+// The i-th slot of some in the order in which their rows are written at every step: from both ends
 // inwards. What a core fetches ahead along the rows then lies between them. Beyond them lie those
 // of another thread, which would lose cache lines that it is about to write.
-inline void order_slots(const Sequences& seq, Range slots, int64_t* order) {
-  int64_t low = slots.first, high = slots.last;
-  for (int64_t i = 0; i < slots.last - slots.first; ++i) {
-    const bool falling = seq.lengths != nullptr;  // so that those which run come first
-    order[i] = falling || i % 2 == 0 ? low++ : --high;
-  }
+inline int64_t inwards(const Sequences& seq, Range slots, int64_t i) {
+  if (seq.lengths != nullptr) return slots.first + i;  // those that run come first
+  return i % 2 == 0 ? slots.first + i / 2 : slots.last - 1 - i / 2;
 }
 
 // Rows of some slots at the steps in a range.
