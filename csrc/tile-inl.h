@@ -156,7 +156,8 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         }
       };
       int64_t k = 0;
-      if constexpr (kFetches && C > 1 && finish == Finish::kBackward) {  // too few terms to wait
+      // In several chains there are too few terms to go between; forward's init is in the cache.
+      if constexpr (kFetches && C > 1 && finish == Finish::kBackward) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) fetch(r);
       }
