@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from . import peers
-from .common import Problem, Shape, Side, relative_error
+from .common import Problem, Shape, Side, named, relative_error
 
 SHAPES = [Shape(32, 100, 64, 256), Shape(32, 64, 128, 512), Shape(64, 50, 96, 256)]
 DTYPES = {
@@ -18,17 +18,12 @@ DTYPES = {
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2, "float64": 1e-12}
 
 
-def as_doubles(out):
-    names = ("y", "dx", "dW_ih", "dW_hh", "db")
-    return {name: t.detach().double().numpy() for name, t in zip(names, out, strict=False)}
-
-
 def op_side(problem, name, dtype):
     typed = Problem(problem.shape)
     typed.x, typed.dy = problem.x.to(dtype), problem.dy.to(dtype)
     typed.weights = [w.to(dtype) for w in problem.weights]
     side = peers.our_op(typed, True)
-    side.name, side.results = name, as_doubles
+    side.name = name
     return side
 
 
@@ -43,7 +38,10 @@ def autocast_side(problem):
             y, _ = module(x)
         return y, *torch.autograd.grad(y, [x, *module.parameters()], problem.dy.to(y.dtype))
 
-    return Side("module, autocast bfloat16", peers.fused(run, True), as_doubles, grad=True)
+    def results(out):
+        return named([result.detach().double() for result in out])
+
+    return Side("module, autocast bfloat16", peers.fused(run, True), results, grad=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,10 +1,12 @@
 """Token ids as input beside the same as one-hot; forward and weight gradients."""
 
+import copy
+
 import pytest
 import torch
 
 from . import peers
-from .common import Problem, Shape, Side, check
+from .common import Problem, Shape, Side, check, named
 
 SHAPES = [
     Shape(50, 50, 65, 128),
@@ -14,7 +16,7 @@ SHAPES = [
     Shape(1, 2, 65, 128),
     Shape(1, 2, 1000, 64),
 ]
-NEEDS = [False, False, True, True, True, True]  # ids have no gradient
+NAMES = ("y", "dW_ih", "dW_hh", "db")  # ids have no gradient
 
 
 def sides_of(problem):
@@ -24,28 +26,22 @@ def sides_of(problem):
     ids = torch.randint(V, (T, B), generator=torch.Generator().manual_seed(1))
     one_hot = torch.nn.functional.one_hot(ids, V).float()
     problem.x = one_hot  # the reference sees one-hot
-    ops, weights, dy = torch.ops.charrnn_fast, problem.weights, problem.dy
 
     def op(name, x):
-        def run():
-            y, _ = ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)
-            dweights = ops.rnn_layer_backward.default(
-                dy, None, x, None, weights, y, None, None, "RNN_TANH", True, NEEDS
-            )[2:]
-            return y, *dweights
-
-        with torch.no_grad():
-            peers.fused(run, True)
-        return Side(name, run, by_name)
+        with_x = copy.copy(problem)
+        with_x.x = x
+        side = peers.our_op(with_x, True, x_needs_gradient=False)
+        side.name = name
+        return side
 
     def module(name, cls, encode):
         rnn = problem.module(cls)
 
         def run():
             y, _ = rnn(encode())
-            return y.detach(), *torch.autograd.grad(y, list(rnn.parameters()), dy)
+            return y.detach(), *torch.autograd.grad(y, list(rnn.parameters()), problem.dy)
 
-        return Side(name, run, by_name, grad=True)
+        return Side(name, run, lambda out: named(out, NAMES), grad=True)
 
     return [
         op("op, tokens", ids),
@@ -57,10 +53,6 @@ def sides_of(problem):
             lambda: torch.nn.functional.one_hot(ids, V).float(),
         ),
     ]
-
-
-def by_name(out):
-    return {name: t.numpy() for name, t in zip(("y", "dW_ih", "dW_hh", "db"), out, strict=False)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,9 +104,9 @@ class Problem:
         return self._reference[backward]
 
 
-def named(tensors) -> dict[str, np.ndarray]:
+def named(tensors, names: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
     """y, or y, dx, dW_ih, dW_hh, db, as arrays by name."""
-    return {name: np.asarray(tensor) for name, tensor in zip(NAMES, tensors, strict=False)}
+    return {name: np.asarray(tensor) for name, tensor in zip(names, tensors, strict=False)}
 
 
 @dataclass

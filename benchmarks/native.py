@@ -1,4 +1,4 @@
-"""Small C++ libraries of the benchmarks, built on demand and loaded with ctypes."""
+"""Small C++ libraries of the benchmarks, built on demand."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import torch
+from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "native"
+CSRC = Path(__file__).parent.parent / "csrc"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "charrnn_fast-bench"
 
 
 def build(source: str, *flags: str) -> ctypes.CDLL:
-    """Compiles native/<source> unless the same was built before, and loads it."""
+    """Compiles native/<source> unless the same was built before, and loads it with ctypes."""
     path = SOURCES / source
     command = ["g++", "-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", *flags]
     key = hashlib.sha256(path.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
@@ -72,6 +76,25 @@ def core_limits() -> dict[str, float]:
 def lost_share(cpus: list[int], seconds: float = 1.0) -> float:
     """Share of the time that two busy cores do not get though nothing else runs: the host's."""
     return machine().lost_share(cpus[0], cpus[1], seconds)
+
+
+@functools.cache
+def bound_op() -> ModuleType:
+    """The caller of our ops; takes half a minute to build."""
+    folder = CACHE / f"bound_op-{torch.__version__}-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # ninja lies there
+    try:
+        return cpp_extension.load(
+            "bound_op",
+            [str(SOURCES / "bound_op.cpp")],
+            extra_cflags=["-O2", "-std=c++20"],
+            extra_include_paths=[str(CSRC)],
+            build_directory=str(folder),
+        )
+    finally:
+        os.environ["PATH"] = path
 
 
 @functools.cache

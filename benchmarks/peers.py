@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import native
-from .common import Problem, Side, named
+from .common import NAMES, Problem, Side, named
 
 
 def counted(run, *counters: str):
@@ -35,28 +35,18 @@ def fused(run, backward: bool):
     return counted(run, "forward_fused", *(["backward_fused"] if backward else []))
 
 
-def our_op(problem: Problem, backward: bool, threads: int = 1) -> Side:
-    """torch.ops.charrnn_fast.rnn_layer and rnn_layer_backward, without autograd."""
+def our_op(problem: Problem, backward: bool, x_needs_gradient: bool = True) -> Side:
+    """Our ops rnn_layer and rnn_layer_backward without autograd, their arguments bound once."""
     import charrnn_fast  # noqa: F401
 
-    ops = torch.ops.charrnn_fast
-    x, dy, weights = problem.x, problem.dy, problem.weights
-    needs = [True, False, True, True, True, True]  # everything but the initial state
-
-    def forward():
-        return ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)[:1]
-
-    def forward_backward():
-        y, _ = ops.rnn_layer.default(x, None, weights, None, None, "RNN_TANH", True)
-        dx, _, *dweights = ops.rnn_layer_backward.default(
-            dy, None, x, None, weights, y, None, None, "RNN_TANH", True, needs
-        )
-        return y, dx, *dweights
-
-    run = forward_backward if backward else forward
+    needs = [x_needs_gradient, False, True, True, True, True]  # of x, h0 and the weights
+    op = native.bound_op().BoundOp(
+        problem.x, problem.weights, problem.dy if backward else None, needs
+    )
     with torch.no_grad():
-        fused(run, backward)
-    return Side("op", run, named)
+        fused(op.run, backward)
+    names = NAMES if x_needs_gradient else [name for name in NAMES if name != "dx"]
+    return Side("op", op.run, lambda _: named([result.double() for result in op.results()], names))
 
 
 def of_module(name: str, problem: Problem, backward: bool, cls: type[torch.nn.RNN]) -> Side:

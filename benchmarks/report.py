@@ -72,8 +72,8 @@ def markdown(data: dict, cells: list[Cell], folder: str) -> str:
     parts = [
         f"{environment(data)}. Microseconds, float32, tanh, one thread on one pinned core; medians "
         "of rounds in which all sides take turns, after each was checked against float64. Peers "
-        "without an autograd engine stand beside our op called directly, `nn.RNN` beside our "
-        "module.",
+        "without an autograd engine stand beside our op, called as they are, with arguments bound "
+        "once; `nn.RNN` beside our module.",
     ]
     if "note" in data["machine_info"]:
         parts.append(data["machine_info"]["note"])
