@@ -98,7 +98,8 @@ struct BackwardSpace {
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {
       const bool own = first_part <= part && part < last_part;
-      const int member = own ? team.rank : part / (last_part - first_part) * group.size;
+      // Of another group the last member, which has units of its own however few there are.
+      const int member = own ? team.rank : (part / (last_part - first_part) + 1) * group.size - 1;
       if (tokens) sums[part].seen = seen + (member * parts + part) * args.I;
     }
     bytes = arena.used();
