@@ -147,3 +147,20 @@ ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
   const Vec<scalar> zero = {};
   return select<scalar>(y <= zero, zero, g);
 }
+
+// act of some rows in columns [first, last).
+template <Activation activation, typename scalar>
+void activate_rows(const scalar* const* rows, scalar* const* out, int64_t count, int64_t first,
+                   int64_t last) {
+  constexpr int L = kLanes<scalar>;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t j = first;
+    for (; j + L <= last; j += L) {
+      store(out[i] + j, activate<activation, scalar>(load(rows[i] + j)));
+    }
+    if (j < last) {
+      store_first(out[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
+                  last - j);
+    }
+  }
+}

@@ -13,13 +13,14 @@ ALWAYS_INLINE __m512d multiply_add(__m512d a, __m512d b, __m512d c) {
 // variable never set.
 constexpr __mmask16 kAll = 0xFFFF;
 
-#define CHARRNN_FAST_MASKED_MEMORY
+#define CHARRNN_FAST_MASKED_LOAD
 ALWAYS_INLINE __m512 masked_load(const float* p, int64_t n) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
 ALWAYS_INLINE __m512d masked_load(const double* p, int64_t n) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
 }
+#define CHARRNN_FAST_MASKED_STORE
 ALWAYS_INLINE void masked_store(float* p, __m512 v, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
 }

@@ -52,43 +52,10 @@ struct ForwardSpace {
   }
 };
 
-// A call of one step uses every weight once, so that it packs few at a time.
-template <typename scalar>
-bool is_one_step(const ForwardArgs<scalar>& args) {
-  return args.seq.T == 1 && args.seq.B <= kBlockSlots;
-}
-
-template <typename scalar>
-struct StepSpace {
-  Panels<scalar> panels;
-  scalar* bias;   // b_ih + b_hh, padded
-  scalar* block;  // of a panel, for each member
-  size_t bytes;
-
-  StepSpace(const ForwardArgs<scalar>& args, int team_size, int rank, void* base) : panels(args.H) {
-    constexpr int64_t kBlock = kChainTerms * kTileVectors * kLanes<scalar>;
-    Arena arena(base);
-    bias = arena.take<scalar>(panels.padded_columns());
-    block = arena.take<scalar>(team_size * kBlock) + rank * kBlock;
-    bytes = arena.used();
-  }
-};
-
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
-  if (is_one_step(args)) return StepSpace<scalar>(args, team_size, 0, nullptr).bytes;
+  if (args.seq.T == 1) return 0;
   return ForwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
-}
-
-// b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
-template <typename scalar>
-void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, scalar* bias) {
-  for (int64_t j = first; j < last; ++j) {
-    scalar b = 0;
-    if (j < args.H && args.b_ih != nullptr) b += args.b_ih[j];
-    if (j < args.H && args.b_hh != nullptr) b += args.b_hh[j];
-    bias[j] = b;
-  }
 }
 
 template <typename scalar>
@@ -96,7 +63,7 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
   const Range mine = share(space.panels.count, space.packers);
   const int64_t first = space.panels.first_column(mine.first);
   const int64_t last = space.panels.first_column(mine.last);
-  add_biases(args, first, last, space.bias);
+  add_biases(args, first, last, space.bias + first);
   pack_transposed(args.W_hh, args.H, space.panels, mine.first, mine.last, space.recurrent);
   if (args.ids == nullptr) {
     return pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
@@ -147,22 +114,6 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
   for (int64_t p = mine.first; p < mine.last; ++p) {
     multiply_rows<Finish::kStore>(product, count, panels, p,
                                   space.input + panels.first_column(p) * args.I);
-  }
-}
-
-template <Activation activation, typename scalar>
-void activate_rows(const scalar* const* rows, scalar* const* out, int64_t count, int64_t first,
-                   int64_t last) {
-  constexpr int L = kLanes<scalar>;
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t j = first;
-    for (; j + L <= last; j += L) {
-      store(out[i] + j, activate<activation, scalar>(load(rows[i] + j)));
-    }
-    if (j < last) {
-      store_first(out[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
-                  last - j);
-    }
   }
 }
 
@@ -256,59 +207,18 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   }
 }
 
-// All of a call of one step. Members divide the panels, however the call is split: nobody waits.
-template <Activation activation, typename scalar>
-void forward_step(const ForwardArgs<scalar>& args, const Team& team) {
-  const StepSpace<scalar> space(args, team.size, team.rank, args.workspace);
-  const Panels<scalar>& panels = space.panels;
-  const Range mine = share(panels.count, team);
-  const int64_t B = args.seq.B;
-  const scalar *x[kBlockSlots], *bias[kBlockSlots], *h0[kBlockSlots];
-  scalar* y[kBlockSlots];
-  for (int64_t i = 0; i < B; ++i) {
-    const int64_t row = row_of(args.seq, 0, i);
-    if (args.ids == nullptr) x[i] = args.x + row * args.ldx;
-    if (args.h0 != nullptr) h0[i] = args.h0 + state_row_of(args.seq, i) * args.H;
-    bias[i] = space.bias;
-    y[i] = args.y + row * args.ldy;
-  }
-  for (int64_t p = mine.first; p < mine.last; ++p) {
-    const int64_t first = panels.first_column(p);
-    const int64_t last = first + panels.used_columns(p);
-    add_biases(args, first, panels.first_column(p + 1), space.bias);
-    if (args.ids == nullptr) {
-      const TileArgs<scalar> product = {.a = x, .K = args.I, .init = bias, .out = y};
-      multiply_unpacked<Finish::kStore>(product, B, args.W_ih, panels, p, space.block);
-    } else {
-      for (int64_t i = 0; i < B; ++i) {
-        const scalar* column = args.W_ih + args.ids[row_of(args.seq, 0, i)];
-        for (int64_t j = first; j < last; ++j) y[i][j] = column[j * args.I] + space.bias[j];
-      }
-    }
-    if (args.h0 != nullptr) {
-      const TileArgs<scalar> product = {.a = h0, .K = args.H, .init = y, .out = y};
-      multiply_unpacked<Finish::kActivate, activation>(product, B, args.W_hh, panels, p,
-                                                       space.block);
-    } else {
-      activate_rows<activation>(y, y, B, first, last);
-    }
-    for (int64_t i = 0; i < B; ++i) {
-      std::memcpy(args.h_n + state_row_of(args.seq, i) * args.H + first, y[i] + first,
-                  (last - first) * sizeof(scalar));
-    }
-  }
-}
-
 template <Activation activation, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
-  if (is_one_step(args)) return forward_step<activation>(args, team);
+  const int64_t longer = slots_longer_than_one(args.seq);
+  if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
+  if (longer == 0) return;
   const ForwardSpace<scalar> space(args, team, args.workspace);
   pack_forward(args, space);
   wait_for(space.packers);
   const bool hidden = args.split == Split::kHidden;
   const Range all_panels = {0, space.panels.count};
   const Range panels = hidden ? share(space.panels.count, team) : all_panels;
-  const Range slots = hidden ? Range{0, args.seq.B} : share(args.seq.B, team);
+  const Range slots = hidden ? Range{0, longer} : share(longer, team);
   const int64_t blocks = (slots.last - slots.first + kBlockSlots - 1) / kBlockSlots;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t n = slots.last - slots.first;

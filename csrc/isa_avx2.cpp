@@ -16,6 +16,18 @@ ALWAYS_INLINE __m256d multiply_add(__m256d a, __m256d b, __m256d c) {
   return _mm256_fmadd_pd(a, b, c);
 }
 
+// Loads only: masked stores take many times as long on some CPUs.
+#define CHARRNN_FAST_MASKED_LOAD
+constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+ALWAYS_INLINE __m256 masked_load(const float* p, int64_t n) {
+  const float* mask = reinterpret_cast<const float*>(kMask + 8 - n);
+  return _mm256_maskload_ps(p, _mm256_castps_si256(_mm256_loadu_ps(mask)));
+}
+ALWAYS_INLINE __m256d masked_load(const double* p, int64_t n) {
+  const float* mask = reinterpret_cast<const float*>(kMask + 8 - 2 * n);
+  return _mm256_maskload_pd(p, _mm256_castps_si256(_mm256_loadu_ps(mask)));
+}
+
 // A block of eight rows, `stride` apart: column k of it goes to target + k * target_stride.
 #define CHARRNN_FAST_TRANSPOSE
 ALWAYS_INLINE void transpose_lanes(const float* source, int64_t stride, float* target,

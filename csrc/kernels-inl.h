@@ -5,6 +5,7 @@
 #include "tile-inl.h"
 #include "pack-inl.h"
 #include "sequences-inl.h"
+#include "one-step-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "linear-inl.h"

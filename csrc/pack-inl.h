@@ -1,4 +1,4 @@
-// The packing of a product's operands, and products that pack as they go.
+// The packing of a product's operands.
 
 // Packs columns [column, column + rows) of a, given as K <= kChainTerms rows, into tiles
 // [K][height]. Row by row, as they lie in memory.
@@ -96,125 +96,20 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
   }
 }
 
-// Packs K columns of W for one panel of the product a W': `source` is the row of the panel's first
-// column. The result is [K][width] vectors.
-template <typename scalar>
-void pack_panel(const scalar* source, int64_t ld, int64_t K, const Panels<scalar>& panels,
-                int64_t panel, scalar* target) {
-  pack_transposed_rows(source, ld, K, panels.used_columns(panel), target,
-                       panels.width(panel) * kLanes<scalar>);
-}
-
-// Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W'.
+// Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W': each is
+// [K][width] vectors.
 template <typename scalar>
 void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, int64_t first_panel,
                      int64_t last_panel, scalar* packed) {
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const int64_t first = panels.first_column(p) * K;
-    pack_panel(W + first, K, K, panels, p, packed + first);
+    pack_transposed_rows(W + first, K, K, panels.used_columns(p), packed + first,
+                         panels.width(p) * kLanes<scalar>);
   }
 }
 
-#ifdef CHARRNN_FAST_TRANSPOSE
-// Adds to each sum a chain of `terms` products of a row with kLanes rows of W; chain c starts
-// a_step and W_step scalars behind the one before. W is transposed block by block, where it is
-// used. Several chains at once hide each other's latency.
-template <int chains>
-ALWAYS_INLINE void add_chains(const float* a, int64_t a_step, const float* W, int64_t W_step,
-                              int64_t K, int64_t terms, Vec<float>* sums) {
-  constexpr int64_t L = kLanes<float>;
-  alignas(64) float block[chains][L * L];
-  int64_t k = 0;
-  for (; k + L <= terms; k += L) {
-#pragma GCC unroll 2
-    for (int c = 0; c < chains; ++c) transpose_lanes(W + c * W_step + k, K, block[c], L);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-#pragma GCC unroll 2
-      for (int c = 0; c < chains; ++c) {
-        const Vec<float> factor = broadcast(a[c * a_step + k + i]);
-        sums[c] = multiply_add(factor, load(block[c] + i * L), sums[c]);
-      }
-    }
-  }
-  for (; k < terms; ++k) {
-    for (int c = 0; c < chains; ++c) {
-      for (int64_t i = 0; i < L; ++i) block[c][i] = W[c * W_step + i * K + k];
-      sums[c] = multiply_add(broadcast(a[c * a_step + k]), load(block[c]), sums[c]);
-    }
-  }
-}
-
-// The product of one row with W' in `groups` vectors of columns from column j on. Has the bits of
-// tile().
-template <Finish finish, Activation activation, int groups>
-ALWAYS_INLINE void multiply_row_unpacked(const TileArgs<float>& args, const float* W, int64_t j) {
-  constexpr int64_t L = kLanes<float>;
-  const int64_t K = args.K;
-  const int64_t in_pairs = K / (2 * kChainTerms) * (2 * kChainTerms);
-  const float* a = args.a[0];
-  const float* rows = W + j * K;
-  Vec<float> total[groups];
-  for (int g = 0; g < groups; ++g) {
-    total[g] = load(args.init[0] + j + g * L);
-    for (int64_t k = 0; k < in_pairs; k += 2 * kChainTerms) {
-      Vec<float> sums[2] = {};
-      add_chains<2>(a + k, kChainTerms, rows + g * L * K + k, kChainTerms, K, kChainTerms, sums);
-      total[g] += sums[0];
-      total[g] += sums[1];
-    }
-  }
-  for (int64_t k = in_pairs; k < K; k += kChainTerms) {
-    const int64_t terms = K - k < kChainTerms ? K - k : kChainTerms;
-    Vec<float> sums[groups] = {};
-    add_chains<groups>(a + k, 0, rows + k, L * K, K, terms, sums);
-    for (int g = 0; g < groups; ++g) total[g] += sums[g];
-  }
-  for (int g = 0; g < groups; ++g) {
-    store(args.out[0] + j + g * L, finished<finish, activation, float>(total[g], nullptr, L));
-  }
-}
-
-// The same in one panel of several, of whole vectors.
-template <Finish finish, Activation activation>
-void multiply_row_unpacked(const TileArgs<float>& args, const float* W, const Panels<float>& panels,
-                           int64_t panel) {
-  constexpr int64_t L = kLanes<float>;
-  int64_t j = panels.first_column(panel);
-  const int64_t end = j + panels.used_columns(panel);
-  for (; j + 2 * L <= end; j += 2 * L) {
-    multiply_row_unpacked<finish, activation, 2>(args, W, j);
-  }
-  if (j < end) multiply_row_unpacked<finish, activation, 1>(args, W, j);
-}
-#endif
-
-// The product of some rows with W' in the columns of one panel, with W packed block by block just
-// before its use: for weights that are used once. Has the bits of packing all of it.
-template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
-void multiply_unpacked(TileArgs<scalar> args, int64_t rows, const scalar* W,
-                       const Panels<scalar>& panels, int64_t panel, scalar* block) {
-  const int64_t K = args.K;
-#ifdef CHARRNN_FAST_TRANSPOSE
-  if constexpr (sizeof(scalar) == 4) {
-    if (rows == 1 && panels.count > 1 && panels.used_columns(panel) % kLanes<scalar> == 0) {
-      return multiply_row_unpacked<finish, activation>(args, W, panels, panel);
-    }
-  }
-#endif
-  const scalar* source = W + panels.first_column(panel) * K;
-  for (; K - args.first_k > kChainTerms; args.first_k += kChainTerms) {
-    args.K = kChainTerms;
-    pack_panel(source + args.first_k, K, args.K, panels, panel, block);
-    multiply_rows<Finish::kStore>(args, rows, panels, panel, block);
-    args.init = args.out;
-  }
-  args.K = K - args.first_k;
-  pack_panel(source + args.first_k, K, args.K, panels, panel, block);
-  multiply_rows<finish, activation>(args, rows, panels, panel, block);
-}
-
-// The same with b given as K rows of `columns`, each found by row(k).
+// Packs K rows of `columns` for one panel of the product a b; row(k) finds them. The result is
+// [K][width] vectors.
 template <typename scalar, typename RowOf>
 ALWAYS_INLINE void pack_rows(const RowOf& row, int64_t K, const Panels<scalar>& panels,
                              int64_t panel, scalar* target) {

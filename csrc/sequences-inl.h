@@ -17,6 +17,13 @@ inline int64_t length_of(const Sequences& seq, int64_t slot) {
   return seq.lengths != nullptr ? seq.lengths[slot] : seq.T;
 }
 
+// The slots of more than one step come first: so many.
+inline int64_t slots_longer_than_one(const Sequences& seq) {
+  int64_t n = seq.T > 1 ? seq.B : 0;
+  while (seq.lengths != nullptr && n > 0 && seq.lengths[n - 1] == 1) --n;
+  return n;
+}
+
 // The first and last step that a direction runs of one sequence.
 inline int64_t first_step(const Sequences& seq, int64_t slot, bool down) {
   return down ? length_of(seq, slot) - 1 : 0;

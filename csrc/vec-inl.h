@@ -46,7 +46,7 @@ ALWAYS_INLINE Vec<scalar> broadcast(scalar s) {
 // The first n lanes; the others are zero, and their memory is not touched.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> load_first(const scalar* p, int64_t n) {
-#ifdef CHARRNN_FAST_MASKED_MEMORY
+#ifdef CHARRNN_FAST_MASKED_LOAD
   return masked_load(p, n);
 #else
   scalar lanes[kLanes<scalar>] = {};
@@ -57,7 +57,7 @@ ALWAYS_INLINE Vec<scalar> load_first(const scalar* p, int64_t n) {
 
 template <typename scalar>
 ALWAYS_INLINE void store_first(scalar* p, Vec<scalar> v, int64_t n) {
-#ifdef CHARRNN_FAST_MASKED_MEMORY
+#ifdef CHARRNN_FAST_MASKED_STORE
   masked_store(p, v, n);
 #else
   scalar lanes[kLanes<scalar>];

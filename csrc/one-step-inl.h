@@ -1,0 +1,238 @@
+// Forward of sequences of one step. They use each weight once a row: too seldom for packing it. The
+// terms of a sum lie in the lanes of a vector instead, as the rows of W do in memory.
+//
+// Bits: a sequence of one step is computed here, whatever sequences stand beside it and whoever
+// computes it. The sums of longer ones run in another order.
+
+template <typename scalar>
+struct FewTraits {
+  typedef scalar type __attribute__((vector_size(16)));
+};
+template <typename scalar>
+using Few = typename FewTraits<scalar>::type;
+template <typename scalar>
+constexpr int kFew = 16 / static_cast<int>(sizeof(scalar));
+
+// Halves of a vector added until so few lanes are left.
+template <typename scalar, int bytes = kVectorBytes, typename V>
+ALWAYS_INLINE Few<scalar> folded(V v) {
+  if constexpr (bytes == 16) {
+    return v;
+  } else {
+    typedef scalar Half __attribute__((vector_size(bytes / 2)));
+    struct Halves {
+      Half low, high;
+    };
+    const auto halves = bit_cast<Halves>(v);
+    return folded<scalar, bytes / 2>(halves.low + halves.high);
+  }
+}
+
+// The sum of the lanes of each of kFew vectors.
+ALWAYS_INLINE Few<float> sums_of_lanes(const Vec<float>* v) {
+  const Few<float> a = folded<float>(v[0]), b = folded<float>(v[1]);
+  const Few<float> c = folded<float>(v[2]), d = folded<float>(v[3]);
+  const Few<float> ab = SHUFFLE4(a, b, 0, 4, 1, 5) + SHUFFLE4(a, b, 2, 6, 3, 7);
+  const Few<float> cd = SHUFFLE4(c, d, 0, 4, 1, 5) + SHUFFLE4(c, d, 2, 6, 3, 7);
+  return SHUFFLE4(ab, cd, 0, 1, 4, 5) + SHUFFLE4(ab, cd, 2, 3, 6, 7);
+}
+ALWAYS_INLINE Few<double> sums_of_lanes(const Vec<double>* v) {
+  const Few<double> a = folded<double>(v[0]), b = folded<double>(v[1]);
+  return Few<double>{a[0], b[0]} + Few<double>{a[1], b[1]};
+}
+
+// Rows and columns of a tile: its sums fill as many registers as those of tile-inl.h.
+constexpr int kOneStepRows = kTileVectors;
+constexpr int kOneStepColumns = kTileRows;
+
+// Rows that are computed together.
+constexpr int64_t kOneStepBlock = 48;
+
+// Terms of a sum that are added at once, so that those columns' weights stay in L1 while the rows
+// pass by.
+template <typename scalar>
+constexpr int64_t kOneStepTerms = 2048 / sizeof(scalar);
+
+// K terms cut into pieces as even as possible.
+template <typename scalar>
+struct Pieces {
+  int64_t K, count, size;
+
+  explicit Pieces(int64_t terms)
+      : K(terms), count((K + kOneStepTerms<scalar> - 1) / kOneStepTerms<scalar>), size(0) {
+    constexpr int64_t kLine = 64 / sizeof(scalar);
+    if (count > 0) size = (K + count * kLine - 1) / (count * kLine) * kLine;
+  }
+  Range operator[](int64_t i) const {
+    if (i < 0 || i >= count) return {0, 0};
+    return {i * size, (i + 1) * size < K ? (i + 1) * size : K};
+  }
+};
+
+// Some terms of some columns of some rows: y = bias + x W_ih' + h W_hh', or with a column of W_ih
+// for x.
+template <typename scalar>
+struct OneStep {
+  const scalar* const* x;  // rows of I; null when ids are given
+  const int64_t* ids;      // of each row
+  const scalar* const* h;  // rows of H; null: zeros
+  scalar* const* y;
+  const scalar *W_ih, *W_hh;  // rows of the first column and those after it
+  int64_t I, H;
+  Range of_x, of_h;    // the terms
+  const scalar* bias;  // of the first column and those after it; null: added to y
+  int64_t column;
+};
+
+// The sums of R rows, from first_row on, and C columns. What they begin with goes to one lane.
+
+template <int R, int C, typename scalar>
+__attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_t first_row) {
+  constexpr int64_t L = kLanes<scalar>;
+  constexpr int F = kFew<scalar>;
+  const auto initial = [&](int r, int c) __attribute__((always_inline)) {
+    if (args.bias == nullptr) return args.y[first_row + r][args.column + c];
+    if (args.ids == nullptr) return args.bias[c];
+    return args.bias[c] + args.W_ih[c * args.I + args.ids[first_row + r]];
+  };
+  constexpr int kSums = (R * C + F - 1) / F * F;
+  Vec<scalar> sum[kSums];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * C; ++i) {
+    sum[i] = Vec<scalar>{};
+    sum[i][0] = initial(i / C, i % C);
+  }
+  const auto add_terms = [&](const scalar* const* rows, const scalar* W, int64_t K,
+                             Range terms) __attribute__((always_inline)) {
+    const scalar *a[R], *b[C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = rows[first_row + r];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) b[c] = W + c * K;
+    const auto multiply = [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
+      Vec<scalar> factor[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) factor[r] = load_lanes(a[r] + k, lanes);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const Vec<scalar> weight = load_lanes(b[c] + k, lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          sum[r * C + c] = multiply_add(factor[r], weight, sum[r * C + c]);
+        }
+      }
+    };
+    int64_t k = terms.first;
+    for (; k + L <= terms.last; k += L) multiply(k, L);
+    if (k < terms.last) multiply(k, terms.last - k);
+  };
+  if (args.of_x.last > 0) add_terms(args.x, args.W_ih, args.I, args.of_x);
+  if (args.of_h.last > 0) add_terms(args.h, args.W_hh, args.H, args.of_h);
+
+  scalar out[kSums];
+#pragma GCC unroll 8
+  for (int i = R * C; i < kSums; ++i) sum[i] = Vec<scalar>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; i += F) {
+    const Few<scalar> sums = sums_of_lanes(sum + i);
+    std::memcpy(out + i, &sums, sizeof(sums));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) args.y[first_row + r][args.column + c] = out[r * C + c];
+  }
+}
+
+// Those of all rows.
+template <int C, typename scalar>
+void one_step_columns(const OneStep<scalar>& args, int64_t rows) {
+  constexpr int R = kOneStepRows;
+  int64_t row = 0;
+  for (; row + R <= rows; row += R) one_step_tile<R, C>(args, row);
+  if constexpr (R > 2) {
+    if (row + 2 <= rows) {
+      one_step_tile<2, C>(args, row);
+      row += 2;
+    }
+  }
+  if (row < rows) one_step_tile<1, C>(args, row);
+}
+
+// b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
+template <typename scalar>
+void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, scalar* bias) {
+  for (int64_t j = first; j < last; ++j) {
+    scalar b = 0;
+    if (j < args.H && args.b_ih != nullptr) b += args.b_ih[j];
+    if (j < args.H && args.b_hh != nullptr) b += args.b_hh[j];
+    bias[j - first] = b;
+  }
+}
+
+// Slots [slots.first, slots.last), of one step each. Members divide the columns, however the call
+// is split: nobody waits.
+template <Activation activation, typename scalar>
+void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& team) {
+  constexpr int64_t kLine = 64 / sizeof(scalar);
+  const Range lines = share((args.H + kLine - 1) / kLine, team);
+  const int64_t first = lines.first * kLine;
+  const int64_t last = lines.last * kLine < args.H ? lines.last * kLine : args.H;
+  if (first >= last) return;
+  const scalar *x[kOneStepBlock], *h[kOneStepBlock];
+  int64_t ids[kOneStepBlock];
+  scalar* y[kOneStepBlock];
+  OneStep<scalar> step = {.x = args.ids == nullptr ? x : nullptr,
+                          .ids = args.ids != nullptr ? ids : nullptr,
+                          .h = args.h0 != nullptr ? h : nullptr,
+                          .y = y,
+                          .I = args.I,
+                          .H = args.H};
+  const Pieces<scalar> of_x(args.ids == nullptr ? args.I : 0);
+  const Pieces<scalar> of_h(args.h0 != nullptr ? args.H : 0);
+  // The last piece of x and the first one of h are added at once.
+  const int64_t of_x_alone = of_x.count > 1 ? of_x.count - 1 : 0;
+  const int64_t sweeps = of_x_alone + (of_h.count > 1 ? of_h.count : 1);
+  const int64_t n = slots.last - slots.first;
+  const int64_t blocks = (n + kOneStepBlock - 1) / kOneStepBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = slots.first + b * n / blocks;
+    const int64_t count = slots.first + (b + 1) * n / blocks - begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = row_of(args.seq, 0, begin + i);
+      if (args.ids == nullptr) {
+        x[i] = args.x + row * args.ldx;
+      } else {
+        ids[i] = args.ids[row];
+      }
+      if (args.h0 != nullptr) h[i] = args.h0 + state_row_of(args.seq, begin + i) * args.H;
+      y[i] = args.y + row * args.ldy;
+    }
+    for (int64_t column = first; column < last;) {
+      constexpr int C = kOneStepColumns;
+      const int64_t width = last - column < C ? 1 : C;
+      scalar bias[C] = {};
+      add_biases(args, column, column + width, bias);
+      step.column = column;
+      step.bias = bias;
+      step.W_ih = args.W_ih + column * args.I;
+      step.W_hh = args.W_hh + column * args.H;
+      for (int64_t i = 0; i < sweeps; ++i) {
+        step.of_x = of_x[i];
+        step.of_h = of_h[i - of_x_alone];
+        if (width == C) {
+          one_step_columns<C>(step, count);
+        } else {
+          one_step_columns<1>(step, count);
+        }
+        step.bias = nullptr;
+      }
+      column += width;
+    }
+    activate_rows<activation>(y, y, count, first, last);
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(args.h_n + state_row_of(args.seq, begin + i) * args.H + first, y[i] + first,
+                  (last - first) * sizeof(scalar));
+    }
+  }
+}
