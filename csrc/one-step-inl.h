@@ -77,11 +77,11 @@ struct OneStep {
   const int64_t* ids;      // of each row
   const scalar* const* h;  // rows of H; null: zeros
   scalar* const* y;
-  const scalar *W_ih, *W_hh;  // rows of the first column and those after it
+  const scalar *W_ih = nullptr, *W_hh = nullptr;  // rows of the first column and those after it
   int64_t I, H;
-  Range of_x, of_h;    // the terms
-  const scalar* bias;  // of the first column and those after it; null: added to y
-  int64_t column;
+  Range of_x = {0, 0}, of_h = {0, 0};  // the terms
+  const scalar* bias = nullptr;        // of the first column and those after it; null: added to y
+  int64_t column = 0;
 };
 
 // The sums of R rows, from first_row on, and C columns. What they begin with goes to one lane.
