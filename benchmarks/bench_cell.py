@@ -8,7 +8,7 @@ from .common import Shape, Side
 
 
 @pytest.mark.parametrize("B", [1, 16, 256])
-@pytest.mark.parametrize("H", [12, 128, 512, 1024, 2048])
+@pytest.mark.parametrize("H", [12, 128, 256, 512, 1024, 2048])
 def bench_cell(B, H, side_by_side, seconds):
     import charrnn_fast
 

@@ -1,4 +1,5 @@
-// The register tile. Every product of the package runs through it.
+// The register tile. Every product of the package runs through it, but those of sequences of one
+// step (one-step-inl.h).
 //
 // Bits: each element of a product is one chain of multiply-adds over k (or several of them, by the
 // width of the whole product), whatever rows stand beside it and whoever computes it. So results do

@@ -22,11 +22,11 @@ c10::TypedOperatorHandle<Op> find(const char* name) {
 class BoundOp {
  public:
   // Without dy it is forward alone. `needs` has an entry for each of [x, h0, *weights].
-  BoundOp(at::Tensor x, std::vector<at::Tensor> weights, Optional dy, std::vector<bool> needs)
-      : x_(std::move(x)),
-        weights_(std::move(weights)),
-        dy_(std::move(dy)),
-        needs_(std::move(needs)) {}
+  BoundOp(at::Tensor x, std::vector<at::Tensor> weights, Optional dy,
+          const std::vector<bool>& needs)
+      : x_(std::move(x)), weights_(std::move(weights)), dy_(std::move(dy)) {
+    for (const bool need : needs) needs_.push_back(need);
+  }
 
   void run() {
     // What the call before returned is dropped first, as by a caller that keeps nothing.
@@ -34,12 +34,9 @@ class BoundOp {
     results_.push_back(std::get<0>(
         forward_.call(x_, std::nullopt, weights_, std::nullopt, std::nullopt, "RNN_TANH", true)));
     if (!dy_.has_value()) return;
-    c10::List<bool> needs;
-    needs.reserve(needs_.size());
-    for (const bool need : needs_) needs.push_back(need);
     const std::vector<at::Tensor> gradients =
         backward_.call(dy_, std::nullopt, x_, std::nullopt, weights_, results_[0], std::nullopt,
-                       std::nullopt, "RNN_TANH", true, std::move(needs));
+                       std::nullopt, "RNN_TANH", true, needs_);
     for (size_t i = 0; i < gradients.size(); ++i) {
       if (needs_[i]) results_.push_back(gradients[i]);
     }
@@ -52,7 +49,7 @@ class BoundOp {
   at::Tensor x_;
   std::vector<at::Tensor> weights_;
   Optional dy_;
-  std::vector<bool> needs_;
+  c10::List<bool> needs_;
   std::vector<at::Tensor> results_;
   c10::TypedOperatorHandle<charrnn_fast::LayerOp> forward_ =
       find<charrnn_fast::LayerOp>("charrnn_fast::rnn_layer");
