@@ -19,13 +19,14 @@ ALWAYS_INLINE __m256d multiply_add(__m256d a, __m256d b, __m256d c) {
 // Loads only: masked stores take many times as long on some CPUs.
 #define CHARRNN_FAST_MASKED_LOAD
 constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+ALWAYS_INLINE __m256i mask_of(int64_t n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - n));
+}
 ALWAYS_INLINE __m256 masked_load(const float* p, int64_t n) {
-  const float* mask = reinterpret_cast<const float*>(kMask + 8 - n);
-  return _mm256_maskload_ps(p, _mm256_castps_si256(_mm256_loadu_ps(mask)));
+  return _mm256_maskload_ps(p, mask_of(n));
 }
 ALWAYS_INLINE __m256d masked_load(const double* p, int64_t n) {
-  const float* mask = reinterpret_cast<const float*>(kMask + 8 - 2 * n);
-  return _mm256_maskload_pd(p, _mm256_castps_si256(_mm256_loadu_ps(mask)));
+  return _mm256_maskload_pd(p, mask_of(2 * n));
 }
 
 // A block of eight rows, `stride` apart: column k of it goes to target + k * target_stride.
