@@ -27,21 +27,23 @@ def op_side(problem, name, dtype):
     return side
 
 
-def autocast_side(problem):
+def module_side(problem, name, dtype):
+    """Float32 weights and x, computed in float32 or under autocast; dy comes in y's dtype."""
     import charrnn_fast
 
     module = problem.module(charrnn_fast.RNN)
-    x = problem.x.clone().requires_grad_()
+    inputs = [problem.x.clone().requires_grad_(), *module.parameters()]
+    dy = problem.dy.to(dtype)
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16):
-            y, _ = module(x)
-        return y, *torch.autograd.grad(y, [x, *module.parameters()], problem.dy.to(y.dtype))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y, _ = module(inputs[0])
+        return y, *torch.autograd.grad(y, inputs, dy)
 
     def results(out):
         return named([result.detach().double() for result in out])
 
-    return Side("module, autocast bfloat16", peers.fused(run, True), results, grad=True)
+    return Side(name, peers.fused(run, True), results, grad=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -56,8 +58,9 @@ def bench_dtypes(shape, side_by_side, request):
             request.node.warn(pytest.PytestWarning(f"{name} has no fused path here: {reason}"))
             continue
         sides.append(side)
+    sides.append(module_side(problem, "module, float32", torch.float32))
     try:
-        sides.append(autocast_side(problem))
+        sides.append(module_side(problem, "module, autocast bfloat16", torch.bfloat16))
     except (AssertionError, RuntimeError) as reason:
         request.node.warn(pytest.PytestWarning(f"autocast has no fused path here: {reason}"))
     for side in sides:

@@ -17,23 +17,24 @@ SINGLE = [Shape(1, 100, 64, 256), Shape(1, 100, 64, 512), Shape(1, 50, 64, 1024)
 DISTURBED = [Shape(1, 100, 64, 512), Shape(16, 100, 64, 64), Shape(32, 100, 64, 128)]
 
 
-def with_threads(side, name, threads):
-    side.name = name
+def with_threads(side, threads, name=None):
+    side.name = name or side.name
     side.prepare = lambda: use_threads(threads)
     side.info["threads"] = threads
     return side
 
 
 def compare(problem, backward, side_by_side, seconds):
-    sides = [with_threads(peers.our_op(problem, backward), f"{n} threads", n) for n in (1, 2)]
+    sides = [with_threads(peers.our_op(problem, backward), n, f"{n} threads") for n in (1, 2)]
     for side in sides:
         check(side, problem.reference(backward), 1e-3)
+    sides += [with_threads(peers.fma_of_threads(n), n) for n in (1, 2)]
     kind = "forward+backward" if backward else "forward"
     side_by_side(
         f"threads {kind}",
         problem.shape,
         sides,
-        budget=seconds / 2,
+        budget=seconds,
         flops=problem.shape.flops(backward),
     )
 

@@ -42,6 +42,8 @@ def machine() -> ctypes.CDLL:
     for name in ("fma_loop", "bf16_loop", "cycle_loop"):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_double
+    library.fma_loop_on_two.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64]
+    library.fma_loop_on_two.restype = ctypes.c_double
     library.lost_share.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_double]
     library.lost_share.restype = ctypes.c_double
     library.read_loop.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import native
-from .common import NAMES, Problem, Side, named
+from .common import ALL_CPUS, NAMES, Problem, Side, named
 
 
 def counted(run, *counters: str):
@@ -171,6 +171,19 @@ def fma_peak() -> Side:
     rounds = 65_536
     flops = library.fma_loop(rounds)
     return Side("FMA peak", lambda: library.fma_loop(rounds), info={"flops": flops})
+
+
+def fma_of_threads(threads: int) -> Side:
+    """The same of 4 ms, divided evenly: what a second core adds at best at this moment."""
+    library = native.machine()
+    rounds = 1_310_720
+
+    def run():
+        if threads == 1:
+            return library.fma_loop(rounds)
+        return library.fma_loop_on_two(ALL_CPUS[0], ALL_CPUS[-1], rounds)
+
+    return Side(f"FMA, {threads} threads", run)
 
 
 PEERS = {"nn.RNN": torch_rnn, "JAX": jax_scan, "ONNX Runtime": onnx_runtime, "oneDNN": onednn}

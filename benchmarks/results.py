@@ -52,6 +52,22 @@ class Cell:
         """FLOP/s of the register-only loop, timed in turns with the rest."""
         return self.details["FMA peak"]["flops"] / self.seconds["FMA peak"]
 
+    def floor(self, limits: dict) -> float:
+        """Seconds that no program stays below on this core, by what machine_info says it can do.
+
+        All products at the FMA peak; but a step of the recurrence takes no less than to read W_hh
+        from L2, as far as it does not fit into L1 (32 KB), forward and once more backward.
+        """
+        steps, peak = self.T, self.peak()
+        product = 2 * self.B * self.H  # operations, a step and a row of W_hh' or W_ih'
+        beyond_l1 = max(0, 4 * self.H**2 - 32 * 1024)  # bytes
+        recurrence = max(product * self.H / peak, beyond_l1 / (limits["l2_read_gbytes"] * 1e9))
+        forward = recurrence + product * self.I / peak
+        if not self.topic.endswith("backward"):
+            return steps * forward
+        gradients = product * (2 * self.I + self.H) / peak  # dx, dW_ih, dW_hh
+        return steps * (forward + recurrence + gradients)
+
     def share_of_peak(self, side: str = "op") -> float:
         return self.info["flops"] / self.seconds[side] / self.peak()
 

@@ -93,6 +93,24 @@ double bf16_loop(int64_t rounds) {
 #endif
 }
 
+// fma_loop on two CPUs at once, half of the rounds on each; returns the operations of both.
+double fma_loop_on_two(int32_t first_cpu, int32_t second_cpu, int64_t rounds) {
+  std::atomic<int> ready{0};
+  double operations[2];
+  const auto run = [&](int cpu, double* done) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    sched_setaffinity(0, sizeof(set), &set);
+    for (++ready; ready < 2;) continue;
+    *done = fma_loop(rounds / 2);
+  };
+  std::thread a(run, first_cpu, &operations[0]), b(run, second_cpu, &operations[1]);
+  a.join();
+  b.join();
+  return operations[0] + operations[1];
+}
+
 // Reads `bytes` of `data` (a multiple of 8 vectors) `rounds` times; returns the bytes read.
 double read_loop(const float* data, int64_t bytes, int64_t rounds) {
   const Vector* p = reinterpret_cast<const Vector*>(data);
