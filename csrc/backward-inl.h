@@ -228,7 +228,7 @@ void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   const scalar* delta[kChunkRows];
   const scalar* init[kChunkRows];
   scalar* dx[kChunkRows];
-  const TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dx};
+  TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dx};
   for (int64_t done = 0; done < rows;) {
     const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i, walk.next()) {
@@ -252,7 +252,7 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   const scalar* delta[kChunkRows];
   const scalar* init[kChunkRows];
   scalar* dh0[kChunkRows];
-  const TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dh0};
+  TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dh0};
   for (int64_t done = slots.first; done < slots.last;) {
     const int64_t count = slots.last - done < kChunkRows ? slots.last - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i) {

@@ -207,9 +207,9 @@ constexpr void (*kDotTiles[6][4])(const DotArgs&, int64_t) = {
 static_assert(kTileRows == 6 && kTileVectors == 4 && kLanes<float> == 16);
 
 // The product of any number of rows with one panel of `packed`, all panels of K values each.
-// Call with args.panel, column and columns unset.
+// As multiply_rows, names the panel in args.
 template <Dot dot>
-void dot_rows(DotArgs args, int64_t rows, const Panels<float>& panels, int64_t panel,
+void dot_rows(DotArgs& args, int64_t rows, const Panels<float>& panels, int64_t panel,
               const uint32_t* packed) {
   args.column = panels.first_column(panel);
   args.columns = panels.used_columns(panel);
@@ -375,7 +375,7 @@ inline void project(const ForwardArgs<bfloat16>& args, const BFloat16ForwardSpac
     bias[i] = space.bias;
     sums[i] = space.projected + i * space.panels.padded_columns();
   }
-  const DotArgs product = {.a = x, .K = args.I, .init = bias, .sums = sums};
+  DotArgs product = {.a = x, .K = args.I, .init = bias, .sums = sums};
   for (int64_t p = mine.first; p < mine.last; ++p) {
     dot_rows<Dot::kProject>(product, count, space.panels, p, space.input);
   }
@@ -571,7 +571,7 @@ void backward_block(const BackwardArgs<bfloat16>& args, const BFloat16BackwardSp
   const bfloat16* dy[kBlockSlots];
   const bfloat16* y[kBlockSlots];
   bfloat16* delta[kBlockSlots];
-  const DotArgs product = {
+  DotArgs product = {
       .a = next, .K = args.H, .dy = dy, .y = y, .out = delta, .activation = activation};
   while (walk.next()) {
     const int64_t after = args.reverse ? walk.t - 1 : walk.t + 1;
@@ -609,7 +609,7 @@ inline void backward_input(const BackwardArgs<bfloat16>& args, const BFloat16Bac
   walk.seek(mine.first);
   const bfloat16* delta[kChunkRows];
   bfloat16* dx[kChunkRows];
-  const DotArgs product = {.a = delta, .K = args.H, .out = dx};
+  DotArgs product = {.a = delta, .K = args.H, .out = dx};
   for (int64_t done = mine.first; done < mine.last;) {
     const int64_t count = mine.last - done < kChunkRows ? mine.last - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i, walk.next()) {
@@ -629,7 +629,7 @@ inline void backward_state(const BackwardArgs<bfloat16>& args, const BFloat16Bac
                            Range slots) {
   const bfloat16* delta[kChunkRows];
   bfloat16* dh0[kChunkRows];
-  const DotArgs product = {.a = delta, .K = args.H, .out = dh0};
+  DotArgs product = {.a = delta, .K = args.H, .out = dh0};
   for (int64_t done = slots.first; done < slots.last;) {
     const int64_t count = slots.last - done < kChunkRows ? slots.last - done : kChunkRows;
     for (int64_t i = 0; i < count; ++i) {

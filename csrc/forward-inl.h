@@ -110,7 +110,7 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
     x[i] = args.x + rows[i] * args.ldx;
     bias[i] = space.bias;
   }
-  const TileArgs<scalar> product = {.a = x, .K = args.I, .init = bias, .out = out};
+  TileArgs<scalar> product = {.a = x, .K = args.I, .init = bias, .out = out};
   for (int64_t p = mine.first; p < mine.last; ++p) {
     multiply_rows<Finish::kStore>(product, count, panels, p,
                                   space.input + panels.first_column(p) * args.I);

@@ -84,7 +84,7 @@ void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>
 
 // All columns of a product, b in panels.
 template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
-void multiply(const TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
+void multiply(TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
               const scalar* packed) {
   for (int64_t p = 0; p < panels.count; ++p) {
     multiply_rows<finish, activation>(product, rows, panels, p,
@@ -273,11 +273,11 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
       }
       if (layer > 0) {
         for (int64_t s = 0; s < n; ++s) below[s] = space.state(i + 1, layer - 1, s);
-        const TileArgs<scalar> input = {.a = below, .K = H, .init = init, .out = current};
+        TileArgs<scalar> input = {.a = below, .K = H, .init = init, .out = current};
         multiply<Finish::kStore>(input, n, space.hidden, space.input + (layer - 1) * H * padded);
         for (int64_t s = 0; s < n; ++s) init[s] = current[s];
       }
-      const TileArgs<scalar> recurrence = {.a = previous, .K = H, .init = init, .out = current};
+      TileArgs<scalar> recurrence = {.a = previous, .K = H, .init = init, .out = current};
       multiply<Finish::kActivate, activation>(recurrence, n, space.hidden,
                                               space.recurrent + layer * H * padded);
     }
@@ -285,7 +285,7 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
       previous[s] = current[s];
       init[s] = space.head_bias;
     }
-    const TileArgs<scalar> scores = {.a = previous, .K = H, .init = init, .out = logits};
+    TileArgs<scalar> scores = {.a = previous, .K = H, .init = init, .out = logits};
     multiply<Finish::kStore>(scores, n, space.scores, space.head);
     int64_t* drawn = args.drawn + i * args.ld + streams.first;
     const scalar* uniforms = args.uniforms + i * args.ld + streams.first;

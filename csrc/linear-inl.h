@@ -28,7 +28,7 @@ void linear(const LinearArgs<scalar>& args, const Team& team) {
   const scalar* x[kChunkRows];
   const scalar* init[kChunkRows];
   scalar* y[kChunkRows];
-  const TileArgs<scalar> product = {.a = x, .K = args.I, .init = init, .out = y};
+  TileArgs<scalar> product = {.a = x, .K = args.I, .init = init, .out = y};
   const Range mine = share(args.N, team);
   for (int64_t done = mine.first; done < mine.last;) {
     const int64_t count = mine.last - done < kChunkRows ? mine.last - done : kChunkRows;

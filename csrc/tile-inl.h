@@ -267,37 +267,41 @@ int64_t rows_of_running_tile(const Panels<scalar>& panels) {
   return panels.count == 1 ? rows_of_running_tile(panels.width(0)) : 0;
 }
 
-// The product of any number of rows with one panel. Call with args.panel, column and columns unset.
+// The product of any number of rows with one panel, which it names in args: in place, as the tiles
+// would wait for a copy of them.
 template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
-void multiply_rows(TileArgs<scalar> args, int64_t rows, const Panels<scalar>& panels, int64_t panel,
-                   const scalar* packed) {
+void multiply_rows(TileArgs<scalar>& args, int64_t rows, const Panels<scalar>& panels,
+                   int64_t panel, const scalar* packed) {
   constexpr bool kRecurrence = finish == Finish::kActivate || finish == Finish::kBackward;
   args.panel = packed;
   args.column = panels.first_column(panel);
   args.columns = panels.used_columns(panel);
   const int width = panels.width(panel);
-  const auto run = [&](const auto& tiles) __attribute__((always_inline)) {
-    for (int64_t first = 0; first < rows;) {
-      const int64_t height = tile_height(rows - first);
-      tiles[height - 1][width - 1](args, first);
-      first += height;
-    }
-  };
+  const auto run = [&](const auto& tiles, const TileArgs<scalar>& of_block)
+                       __attribute__((always_inline)) {
+                         for (int64_t first = 0; first < rows;) {
+                           const int64_t height = tile_height(rows - first);
+                           tiles[height - 1][width - 1](of_block, first);
+                           first += height;
+                         }
+                       };
   if (kRecurrence && panels.count == 1) {
-    return run(kTiles<scalar, finish, activation, kRecurrence>);
+    return run(kTiles<scalar, finish, activation, kRecurrence>, args);
   }
-  // Where there are several tiles, all of them pass one block of the panel before the next one.
-  while (rows > kRowsOfSeveralBlocks && args.K > kChainTerms) {
-    const int64_t left = args.K - kChainTerms;
-    args.K = kChainTerms;
-    run(kTiles<scalar, Finish::kStore, Activation::kRelu, false>);
-    args.K = left;
-    args.first_k += kChainTerms;
-    args.panel += kChainTerms * width * kLanes<scalar>;
-    args.init = args.out;
-    args.init_step = args.out_step;
+  const auto& last_tiles = kTiles<scalar, finish, activation, false>;
+  if (rows <= kRowsOfSeveralBlocks || args.K <= kChainTerms) return run(last_tiles, args);
+  // There are several tiles: all of them pass one block of the panel before the next one.
+  TileArgs<scalar> block = args;
+  for (int64_t left = args.K; left > kChainTerms; block.K = left) {
+    left -= kChainTerms;
+    block.K = kChainTerms;
+    run(kTiles<scalar, Finish::kStore, Activation::kRelu, false>, block);
+    block.first_k += kChainTerms;
+    block.panel += kChainTerms * width * kLanes<scalar>;
+    block.init = block.out;
+    block.init_step = block.out_step;
   }
-  run(kTiles<scalar, finish, activation, false>);
+  run(last_tiles, block);
 }
 
 // Scalars from one packed tile of a to the next: room for kChainTerms rows, and a cache line more
