@@ -56,8 +56,7 @@ struct BackwardSpace {
 
   // Each member's own:
   int64_t* step_row;  // of its group, when it is one of several and sequences are packed
-  scalar* left;       // delta' in tiles
-  scalar* right;      // a panel of y_prev or of x
+  scalar* packed;     // what OuterProducts packs
   size_t bytes;
 
   BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
@@ -92,8 +91,7 @@ struct BackwardSpace {
     });
     arena.take_each(team.size, team.rank, [&] {
       step_row = groups > 1 && seq.step_row != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
-      left = arena.take<scalar>(packed_tiles<scalar>(args.H));
-      right = arena.take<scalar>(widest_panel() * kLanes<scalar> * kGradientRows);
+      packed = arena.take<scalar>(OuterProducts<scalar>::space(args.H));
     });
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {
@@ -109,11 +107,6 @@ struct BackwardSpace {
         seq.step_row != nullptr ? rows_in(seq, before, {0, seq.T}) : seq.T * slots.first;
     delta = {args.delta + rows_before * args.H, groups > 1 ? step_row : seq.step_row, slots.first,
              slots.last - slots.first, args.H};
-  }
-
-  int64_t widest_panel() const {
-    const int a = hidden.width(0), b = inputs.count > 0 ? inputs.width(0) : 0;
-    return a > b ? a : b;
   }
 
   int64_t zero_columns() const {
@@ -325,15 +318,13 @@ void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<scalar>& su
 template <typename scalar>
 void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                  const WeightSums<scalar>& sums, Range units, RowWalk& walk, int64_t total) {
-  const int64_t count = units.last - units.first;
-  if (count == 0) return;
+  if (units.first == units.last) return;
   const scalar* delta[kGradientRows];
   const scalar* x[kGradientRows];
   const scalar* y_previous[kGradientRows];
   for (int64_t done = 0; done < total;) {
     const int64_t K = total - done < kGradientRows ? total - done : kGradientRows;
     done += K;
-    const int64_t first_row = row_of(args.seq, walk.t, walk.slot);
     for (int64_t k = 0; k < K; ++k, walk.next()) {
       const int64_t row = row_of(args.seq, walk.t, walk.slot);
       delta[k] = space.delta(walk.t, walk.slot);
@@ -356,42 +347,11 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         }
       }
     }
-    pack_columns(delta, K, units.first, count, space.left);
     if (sums.db != nullptr) add_rows(delta, K, units, sums.db);
-    // `then` is what is packed after the last panel: of the next block, whose rows are usually as
-    // far apart.
-    const auto product = [&](const scalar* const* b, const Panels<scalar>& panels, scalar* dW,
-                             const Ahead<scalar>& then, const Ahead<scalar>& also) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        pack_rows<scalar>([&](int64_t k) { return b[k]; }, K, panels, p, space.right);
-        const bool more = p + 1 < panels.count;
-        const Ahead<scalar> next = {b, panels.first_column(p + 1), panels.first_column(p + 2)};
-        add_product(count, space.left, panels, p, space.right, K, dW + units.first * panels.columns,
-                    more ? next : then, more ? Ahead<scalar>{b, 0, 0} : also);
-      }
-    };
-    const auto first_panel = [](const scalar* const* rows, const Panels<scalar>& panels,
-                                int64_t offset) {
-      return Ahead<scalar>{rows, offset, offset + panels.first_column(1)};
-    };
-    const bool ended = walk.ended();
-    const int64_t further = ended ? 0 : row_of(args.seq, walk.t, walk.slot) - first_row;
-    const int64_t further_delta = ended ? 0 : space.delta(walk.t, walk.slot) - delta[0];
-    const Ahead<scalar> next_delta = {delta, further_delta + units.first,
-                                      further_delta + units.last};
-    const Ahead<scalar> next_x = first_panel(x, space.inputs, further * args.ldx);
-    const Ahead<scalar> next_y = first_panel(y_previous, space.hidden, further * args.ldy);
-    if (sums.dW_ih != nullptr) {
-      if (sums.dW_hh != nullptr) {
-        product(x, space.inputs, sums.dW_ih, first_panel(y_previous, space.hidden, 0), {x, 0, 0});
-      } else {
-        product(x, space.inputs, sums.dW_ih, next_x, next_delta);
-      }
-    }
-    if (sums.dW_hh != nullptr) {
-      product(y_previous, space.hidden, sums.dW_hh, sums.dW_ih != nullptr ? next_x : next_y,
-              next_delta);
-    }
+    if (sums.dW_ih == nullptr && sums.dW_hh == nullptr) continue;
+    const OuterProducts<scalar> products(delta, K, units, space.packed);
+    if (sums.dW_ih != nullptr) products.add(x, space.inputs, sums.dW_ih);
+    if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, sums.dW_hh);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "sequences-inl.h"
 #include "one-step-inl.h"
 #include "forward-inl.h"
+#include "outer-inl.h"
 #include "backward-inl.h"
 #include "linear-inl.h"
 #include "generate-inl.h"

@@ -1,25 +1,5 @@
 // The packing of a product's operands.
 
-// Packs columns [column, column + rows) of a, given as K <= kChainTerms rows, into tiles
-// [K][height]. Row by row, as they lie in memory.
-template <typename scalar>
-void pack_columns(const scalar* const* a, int64_t K, int64_t column, int64_t rows, scalar* packed) {
-  const int64_t whole = rows / kTileRows;
-  const int64_t rest = rows % kTileRows;
-  for (int64_t k = 0; k < K; ++k) {
-    const scalar* source = a[k] + column;
-    scalar* target = packed + k * kTileRows;
-    for (int64_t tile = 0; tile < whole; ++tile) {
-      // A constant number of bytes: a few moves instead of a call.
-      std::memcpy(target, source, kTileRows * sizeof(scalar));
-      source += kTileRows;
-      target += kPackedTile<scalar>;
-    }
-    target = packed + whole * kPackedTile<scalar> + k * rest;
-    for (int64_t r = 0; r < rest; ++r) target[r] = source[r];
-  }
-}
-
 // Moves a block of kBlock x kBlock scalars from rows `source_stride` apart to columns.
 template <typename scalar>
 struct Transpose;

@@ -1,5 +1,5 @@
-// The register tile. Every product of the package runs through it, but those of sequences of one
-// step (one-step-inl.h).
+// The register tile of products with packed weights. What else is multiplied: sequences of one step
+// (one-step-inl.h), and rows for the gradients of weights (outer-inl.h).
 //
 // Bits: each element of a product is one chain of multiply-adds over k (or several of them, by the
 // width of the whole product), whatever rows stand beside it and whoever computes it. So results do
@@ -62,7 +62,6 @@ enum class Finish {
   kStore,     // out = init + a b
   kActivate,  // out = act(init + a b)
   kBackward,  // out = (init + a b) * act'(y)
-  kPacked,    // out = init + a b, with a packed
 };
 
 // Operands of a tile. init, out and y point at whole rows; the panel's `columns` columns start at
@@ -70,7 +69,7 @@ enum class Finish {
 // input: then the rows of each step lie *_step scalars behind those of the one before.
 template <typename scalar>
 struct TileArgs {
-  const scalar* const* a = nullptr;  // rows of K scalars; for kPacked a[0] is packed [K][height]
+  const scalar* const* a = nullptr;  // rows of K scalars
   const scalar* panel = nullptr;     // [K][width] vectors
   int64_t first_k = 0;               // of the rows of a; of the panel already taken into account
   int64_t K = 0;
@@ -97,7 +96,6 @@ ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lan
 template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P, int C>
 __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
   constexpr int L = kLanes<scalar>;
-  constexpr int64_t kStep = finish == Finish::kPacked ? R : 1;
   const int64_t last_lanes = args.columns - (P - 1) * L;
   const auto lanes = [&](int p)
                          __attribute__((always_inline)) { return p < P - 1 ? L : last_lanes; };
@@ -106,8 +104,7 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
     const scalar* row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      row[r] = finish == Finish::kPacked ? args.a[0] + r
-                                         : args.a[first_row + r] + s * args.a_step + args.first_k;
+      row[r] = args.a[first_row + r] + s * args.a_step + args.first_k;
     }
     const auto init = [&](int r, int p) __attribute__((always_inline)) {
       return args.init[first_row + r] + s * args.init_step + args.column + p * L;
@@ -151,7 +148,7 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         for (int p = 0; p < P; ++p) b[p] = load(panel + (k * P + p) * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec<scalar> a = broadcast(row[r][k * kStep]);
+          const Vec<scalar> a = broadcast(row[r][k]);
 #pragma GCC unroll 8
           for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
         }
@@ -206,7 +203,7 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
       if (first == args.K) break;
       panel += terms * P * L;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) row[r] += terms * kStep;
+      for (int r = 0; r < R; ++r) row[r] += terms;
     }
 
     const auto finish_row = [&](int r) __attribute__((always_inline)) {
@@ -219,7 +216,7 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
                     lanes(p));
       }
     };
-    if constexpr (R * P <= 4 || finish == Finish::kStore || finish == Finish::kPacked) {
+    if constexpr (R * P <= 4 || finish == Finish::kStore) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) finish_row(r);
     } else {  // a loop, lest the code outgrow the instruction cache
@@ -302,57 +299,4 @@ void multiply_rows(TileArgs<scalar>& args, int64_t rows, const Panels<scalar>& p
     block.init_step = block.out_step;
   }
   run(last_tiles, block);
-}
-
-// Scalars from one packed tile of a to the next: room for kChainTerms rows, and a cache line more
-// lest the tiles all fall into the same few sets of the cache.
-template <typename scalar>
-constexpr int64_t kPackedTile = kChainTerms * kTileRows + 64 / sizeof(scalar);
-
-template <typename scalar>
-int64_t packed_tiles(int64_t rows) {
-  return (rows + kTileRows - 1) / kTileRows * kPackedTile<scalar>;
-}
-
-// Columns of some rows that are packed next; brought into L2 little by little while a product is
-// computed, since packing alone would wait for memory.
-template <typename scalar>
-struct Ahead {
-  const scalar* const* rows;
-  int64_t first, last;  // columns; or, of later rows at the same distance, scalars further on
-
-  void fetch(int64_t from, int64_t to) const {
-    for (int64_t k = from; k < to; ++k) {
-      for (int64_t j = first; j < last; j += 64 / sizeof(scalar)) {
-        __builtin_prefetch(rows[k] + j, 0, 2);
-      }
-    }
-  }
-};
-
-// out (rows of panels.columns) += a' b in the columns of one panel of b, with a packed by
-// pack_columns.
-template <typename scalar>
-void add_product(int64_t rows, const scalar* packed_a, const Panels<scalar>& panels, int64_t panel,
-                 const scalar* packed, int64_t K, scalar* out, const Ahead<scalar>& ahead,
-                 const Ahead<scalar>& also) {
-  const int width = panels.width(panel);
-  for (int64_t first = 0; first < rows; first += kTileRows, packed_a += kPackedTile<scalar>) {
-    const int64_t height = rows - first < kTileRows ? rows - first : kTileRows;
-    if (rows > 8 * kTileRows) {  // else there is little work to hide it behind
-      ahead.fetch(K * first / rows, K * (first + height) / rows);
-      also.fetch(K * first / rows, K * (first + height) / rows);
-    }
-    const scalar* a = packed_a;
-    scalar* target[kTileRows];
-    for (int64_t r = 0; r < height; ++r) target[r] = out + (first + r) * panels.columns;
-    const TileArgs<scalar> args = {.a = &a,
-                                   .panel = packed,
-                                   .K = K,
-                                   .init = target,
-                                   .out = target,
-                                   .column = panels.first_column(panel),
-                                   .columns = panels.used_columns(panel)};
-    kTiles<scalar, Finish::kPacked, Activation::kRelu, false>[height - 1][width - 1](args, 0);
-  }
 }
