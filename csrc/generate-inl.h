@@ -1,5 +1,8 @@
 // Generation: characters drawn one after the other, each from the scores that the one before gave.
 
+// Streams that draw together: a running sum waits for each addition, so several go side by side.
+constexpr int kDrawTogether = 4;
+
 template <typename scalar>
 struct GenerateSpace {
   Panels<scalar> hidden;  // columns of the recurrent products
@@ -13,8 +16,8 @@ struct GenerateSpace {
   scalar* head_bias;  // [padded V]
   scalar* states;     // [2][layers][block][padded H]: before a step and after it, in turns
   scalar* logits;     // [block][padded V], -infinity beyond V
-  double* weights;    // [padded V]: of one draw, zero beyond V
-  scalar* totals;     // [padded V]: their running sums
+  double* weights;    // [kDrawTogether][padded V]: of some streams' characters, zero beyond V
+  scalar* totals;     // [kDrawTogether][padded V]: their running sums
   size_t bytes;
 
   GenerateSpace(const GenerateArgs<scalar>& args, void* base)
@@ -32,8 +35,8 @@ struct GenerateSpace {
     head_bias = arena.take<scalar>(V);
     states = arena.take<scalar>(2 * layers * block * H);
     logits = arena.take<scalar>(block * V);
-    weights = arena.take<double>(V);
-    totals = arena.take<scalar>(V);
+    weights = arena.take<double>(kDrawTogether * V);
+    totals = arena.take<scalar>(kDrawTogether * V);
     bytes = arena.used();
   }
 
@@ -79,7 +82,7 @@ void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>
   for (int64_t i = 0; i < space.block * width; ++i) {
     space.logits[i] = -std::numeric_limits<scalar>::infinity();
   }
-  for (int64_t v = 0; v < width; ++v) space.weights[v] = 0;
+  for (int64_t i = 0; i < kDrawTogether * width; ++i) space.weights[i] = 0;
 }
 
 // All columns of a product, b in panels.
@@ -193,14 +196,16 @@ void keep_heaviest(double* weights, int64_t n, double sum, scalar threshold) {
   }
 }
 
-// Draws one character from its logits, which may be overwritten. The same rules, in the same order
-// and with sums in double as torch.cumsum has them, as `draw` in charrnn_fast/charlm/sample.py.
+// A draw follows `draw` in charrnn_fast/charlm/sample.py: the same rules, in the same order and
+// with sums in double as torch.cumsum has them.
+
+// The weights of one stream's characters from its logits, which may be overwritten; `scratch` is
+// for as many.
 template <typename scalar>
-int64_t draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space, scalar* logits,
-             scalar uniform) {
+void weigh_characters(const GenerateArgs<scalar>& args, scalar* logits, scalar* scratch,
+                      double* weights) {
   constexpr int L = kLanes<scalar>;
   const int64_t V = args.V;
-  if (args.temperature < std::numeric_limits<scalar>::min()) return greatest(logits, V);
   if (0 < args.top_k && args.top_k < V) {
     const scalar never = -std::numeric_limits<scalar>::infinity();
     const scalar enough = args.top_k;
@@ -210,21 +215,31 @@ int64_t draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& spac
       store(logits + i, select<scalar>(x < broadcast(least), broadcast(never), x));
     }
   }
-  scalar* totals = space.totals;
-  weigh(logits, V, static_cast<scalar>(args.temperature), totals);
-  double* weights = space.weights;
-  double sum = 0;
-  for (int64_t v = 0; v < V; ++v) weights[v] = totals[v];
+  weigh(logits, V, static_cast<scalar>(args.temperature), scratch);
+  for (int64_t v = 0; v < V; ++v) weights[v] = scratch[v];
   if (args.top_p < 1) {
+    double sum = 0;
     for (int64_t v = 0; v < V; ++v) sum += weights[v];
     const scalar threshold = static_cast<scalar>(args.top_p) * static_cast<scalar>(sum);
     if (threshold == threshold) keep_heaviest(weights, V, sum, threshold);
   }
-  sum = 0;
+}
+
+// The running sums of the weights of `n` streams, whose rows are `ld` apart.
+template <int n, typename scalar>
+void add_up(const double* weights, int64_t V, int64_t ld, scalar* totals) {
+  double sums[n] = {};
   for (int64_t v = 0; v < V; ++v) {
-    sum += weights[v];
-    totals[v] = static_cast<scalar>(sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      sums[i] += weights[i * ld + v];
+      totals[i * ld + v] = static_cast<scalar>(sums[i]);
+    }
   }
+}
+
+template <typename scalar>
+int64_t choose(const double* weights, const scalar* totals, int64_t V, scalar uniform) {
   const scalar wanted = uniform * totals[V - 1];
   int64_t chosen = 0;
   for (int64_t v = 0; v < V; ++v) chosen += totals[v] <= wanted;
@@ -234,6 +249,32 @@ int64_t draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& spac
     while (chosen > 0 && !(weights[chosen] > 0));
   }
   return chosen;
+}
+
+// Draws one character for each of n streams.
+template <typename scalar>
+void draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
+          scalar* const* logits, const scalar* uniforms, int64_t n, int64_t* drawn) {
+  const int64_t V = args.V, ld = space.scores.padded_columns();
+  if (args.temperature < std::numeric_limits<scalar>::min()) {
+    for (int64_t s = 0; s < n; ++s) drawn[s] = greatest(logits[s], V);
+    return;
+  }
+  for (int64_t first = 0; first < n; first += kDrawTogether) {
+    const int64_t count = n - first < kDrawTogether ? n - first : kDrawTogether;
+    for (int64_t i = 0; i < count; ++i) {
+      weigh_characters(args, logits[first + i], space.totals + i * ld, space.weights + i * ld);
+    }
+    if (count == 1) {
+      add_up<1>(space.weights, V, ld, space.totals);
+    } else {  // of streams that are not there it adds up what was before
+      add_up<kDrawTogether>(space.weights, V, ld, space.totals);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      drawn[first + i] =
+          choose(space.weights + i * ld, space.totals + i * ld, V, uniforms[first + i]);
+    }
+  }
 }
 
 // Runs streams [streams.first, streams.last), at most kBlockSlots of them, through all steps. False
@@ -289,7 +330,7 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
     multiply<Finish::kStore>(scores, n, space.scores, space.head);
     int64_t* drawn = args.drawn + i * args.ld + streams.first;
     const scalar* uniforms = args.uniforms + i * args.ld + streams.first;
-    for (int64_t s = 0; s < n; ++s) drawn[s] = draw(args, space, logits[s], uniforms[s]);
+    draw(args, space, logits, uniforms, n, drawn);
     tokens = drawn;
   }
   for (int64_t layer = 0; layer < args.layers; ++layer) {

@@ -130,7 +130,8 @@ class OuterProducts {
       args.columns = panels.used_columns(p);
       args.packed_a = packed_a_;
       for (args.row = rows_.first; args.row < rows_.last; args.row += kTileRows) {
-        const int64_t height = rows_.last - args.row < kTileRows ? rows_.last - args.row : kTileRows;
+        const int64_t height =
+            rows_.last - args.row < kTileRows ? rows_.last - args.row : kTileRows;
         kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
         args.packed_a += kTile;
       }
