@@ -264,8 +264,19 @@ int64_t rows_of_running_tile(const Panels<scalar>& panels) {
   return panels.count == 1 ? rows_of_running_tile(panels.width(0)) : 0;
 }
 
+// The product of any number of rows with the panel, of so many vectors, that args name.
+template <typename scalar>
+ALWAYS_INLINE void run_tiles(const Tile<scalar> (&tiles)[6][4], const TileArgs<scalar>& args,
+                             int64_t rows, int width) {
+  for (int64_t first = 0; first < rows;) {
+    const int64_t height = tile_height(rows - first);
+    tiles[height - 1][width - 1](args, first);
+    first += height;
+  }
+}
+
 // The product of any number of rows with one panel, which it names in args: in place, as the tiles
-// would wait for a copy of them.
+// would wait for a copy.
 template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
 void multiply_rows(TileArgs<scalar>& args, int64_t rows, const Panels<scalar>& panels,
                    int64_t panel, const scalar* packed) {
@@ -274,29 +285,24 @@ void multiply_rows(TileArgs<scalar>& args, int64_t rows, const Panels<scalar>& p
   args.column = panels.first_column(panel);
   args.columns = panels.used_columns(panel);
   const int width = panels.width(panel);
-  const auto run = [&](const auto& tiles, const TileArgs<scalar>& of_block)
-                       __attribute__((always_inline)) {
-                         for (int64_t first = 0; first < rows;) {
-                           const int64_t height = tile_height(rows - first);
-                           tiles[height - 1][width - 1](of_block, first);
-                           first += height;
-                         }
-                       };
   if (kRecurrence && panels.count == 1) {
-    return run(kTiles<scalar, finish, activation, kRecurrence>, args);
+    return run_tiles(kTiles<scalar, finish, activation, kRecurrence>, args, rows, width);
   }
-  const auto& last_tiles = kTiles<scalar, finish, activation, false>;
-  if (rows <= kRowsOfSeveralBlocks || args.K <= kChainTerms) return run(last_tiles, args);
+  const auto& finishing = kTiles<scalar, finish, activation, false>;
+  if (rows <= kRowsOfSeveralBlocks || args.K <= kChainTerms) {
+    return run_tiles(finishing, args, rows, width);
+  }
   // There are several tiles: all of them pass one block of the panel before the next one.
   TileArgs<scalar> block = args;
-  for (int64_t left = args.K; left > kChainTerms; block.K = left) {
-    left -= kChainTerms;
-    block.K = kChainTerms;
-    run(kTiles<scalar, Finish::kStore, Activation::kRelu, false>, block);
+  block.K = kChainTerms;
+  int64_t left = args.K;
+  for (; left > kChainTerms; left -= kChainTerms) {
+    run_tiles(kTiles<scalar, Finish::kStore, Activation::kRelu, false>, block, rows, width);
     block.first_k += kChainTerms;
     block.panel += kChainTerms * width * kLanes<scalar>;
     block.init = block.out;
     block.init_step = block.out_step;
   }
-  run(last_tiles, block);
+  block.K = left;
+  run_tiles(finishing, block, rows, width);
 }
