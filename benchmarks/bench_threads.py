@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import signal
+import statistics
 import time
 
 import pytest
 
 from . import peers
-from .common import ALL_CPUS, Problem, Shape, check, use_threads
+from .common import ALL_CPUS, Problem, Shape, check, measure, use_threads
 
 pytestmark = pytest.mark.usefixtures("two_cores")
 
@@ -17,25 +18,33 @@ SINGLE = [Shape(1, 100, 64, 256), Shape(1, 100, 64, 512), Shape(1, 50, 64, 1024)
 DISTURBED = [Shape(1, 100, 64, 512), Shape(16, 100, 64, 64), Shape(32, 100, 64, 128)]
 
 
-def with_threads(side, threads, name=None):
-    side.name = name or side.name
+def with_threads(side, threads):
     side.prepare = lambda: use_threads(threads)
     side.info["threads"] = threads
     return side
 
 
+def gain_of_cores():
+    """What a second core adds to an FMA loop now. In turns with our op it would disturb it."""
+    time.sleep(0.02)  # those of the side before spin for some milliseconds
+    sides = [with_threads(peers.fma_of_threads(threads), threads) for threads in (1, 2)]
+    one, two = (statistics.median(times) for times in measure(sides, 0.2)[0].values())
+    return one / two
+
+
 def compare(problem, backward, side_by_side, seconds):
-    sides = [with_threads(peers.our_op(problem, backward), n, f"{n} threads") for n in (1, 2)]
+    sides = [with_threads(peers.our_op(problem, backward), n) for n in (1, 2)]
     for side in sides:
+        side.name = f"{side.info['threads']} threads"
         check(side, problem.reference(backward), 1e-3)
-    sides += [with_threads(peers.fma_of_threads(n), n) for n in (1, 2)]
     kind = "forward+backward" if backward else "forward"
     side_by_side(
         f"threads {kind}",
         problem.shape,
         sides,
-        budget=seconds,
+        budget=seconds / 2,
         flops=problem.shape.flops(backward),
+        gain_of_cores=gain_of_cores(),
     )
 
 

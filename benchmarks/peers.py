@@ -174,9 +174,9 @@ def fma_peak() -> Side:
 
 
 def fma_of_threads(threads: int) -> Side:
-    """The same of 4 ms, divided evenly: what a second core adds at best at this moment."""
+    """The same of 9 ms, divided evenly: what a second core adds at best at this moment."""
     library = native.machine()
-    rounds = 1_310_720
+    rounds = 2_621_440
 
     def run():
         if threads == 1:

@@ -124,16 +124,17 @@ def against_limits(table: Table, cells: list[Cell]) -> None:
 
 
 def threads(table: Table, cells: list[Cell]) -> None:
-    def gains(chosen, sides=("2 threads", "1 threads")) -> dict[str, float]:
-        return {
-            f"{c.name} {c.topic.removeprefix('threads ')}": c.speedup(*sides)
-            for c in cells
-            if c.topic in [f"threads {topic}" for topic in DIRECTIONS] and chosen(c)
-        }
+    compared = {
+        f"{c.name} {c.topic.removeprefix('threads ')}": c
+        for c in cells
+        if c.topic in [f"threads {topic}" for topic in DIRECTIONS]
+    }
 
-    # What an FMA loop gains in the same minutes; not in older results.
-    fma = ("FMA, 2 threads", "FMA, 1 threads")
-    limits = gains(lambda c: fma[0] in c.seconds, fma)
+    def gains(chosen) -> dict[str, float]:
+        return {k: c.speedup("2 threads", "1 threads") for k, c in compared.items() if chosen(c)}
+
+    # Not in older results.
+    limits = {k: c.info["gain_of_cores"] for k, c in compared.items() if "gain_of_cores" in c.info}
     for what, wanted, chosen in (
         ("B>=16 H>=64", 1.85, lambda c: c.B >= 16 and c.H >= 64),
         ("B=1 H=256", 1.5, lambda c: (c.B, c.H) == (1, 256)),

@@ -102,7 +102,8 @@ double fma_loop_on_two(int32_t first_cpu, int32_t second_cpu, int64_t rounds) {
     CPU_ZERO(&set);
     CPU_SET(cpu, &set);
     sched_setaffinity(0, sizeof(set), &set);
-    for (++ready; ready < 2;) continue;
+    // The other one may have been started on this very CPU.
+    for (++ready; ready < 2;) std::this_thread::yield();
     *done = fma_loop(rounds / 2);
   };
   std::thread a(run, first_cpu, &operations[0]), b(run, second_cpu, &operations[1]);
