@@ -41,10 +41,11 @@ def sides_of(problem):
     def module(name, cls, encode):
         rnn = problem.module(cls)
 
-        def run():
+        def train():
             y, _ = rnn(encode())
             return y.detach(), *torch.autograd.grad(y, list(rnn.parameters()), problem.dy)
 
+        run = train if cls is torch.nn.RNN else peers.fused(train, True)
         return Side(name, run, lambda out: named(out, NAMES), grad=True)
 
     return [

@@ -99,7 +99,8 @@ def markdown(data: dict, cells: list[Cell], folder: str) -> str:
         )
     )
     parts.append(
-        "`make bench` measures all of it again; `benchmarks/targets.py` lists every target."
+        "`make bench` measures all of it again; `benchmarks/targets.py` lists every target and, "
+        "where one is missed, what the machine allows."
     )
     return "\n\n".join(parts)
 

@@ -111,7 +111,8 @@ class OuterProducts {
 
   // out += a' b in these rows of out, which are of panels.columns.
   void add(const scalar* const* b, const Panels<scalar>& panels, scalar* out) const {
-    scalar* const packed_b = packed_a_ + tiles(rows_.last - rows_.first) * kTile;
+    scalar* const packed_b =
+        kOuterPacks ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
     OuterArgs<scalar> args = {.K = K_,
                               .a = a_,
                               .b = b,
@@ -133,7 +134,7 @@ class OuterProducts {
         const int64_t height =
             rows_.last - args.row < kTileRows ? rows_.last - args.row : kTileRows;
         kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
-        args.packed_a += kTile;
+        if (kOuterPacks) args.packed_a += kTile;
       }
     }
   }

@@ -44,6 +44,24 @@ void start(T (&chains)[n]) {
   }
 }
 
+// Calls work(i) in a thread of its own on each of two CPUs, i being 0 and 1, at the same time.
+template <typename Work>
+void on_two(int32_t first_cpu, int32_t second_cpu, const Work& work) {
+  std::atomic<int> ready{0};
+  const auto run = [&](int i, int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    sched_setaffinity(0, sizeof(set), &set);
+    // The other one may have been started on this very CPU.
+    for (++ready; ready < 2;) std::this_thread::yield();
+    work(i);
+  };
+  std::thread a(run, 0, first_cpu), b(run, 1, second_cpu);
+  a.join();
+  b.join();
+}
+
 // Makes the chains count as used. Only their total has an address, so that they stay in registers.
 template <typename T, int n>
 void keep(const T (&chains)[n]) {
@@ -95,20 +113,8 @@ double bf16_loop(int64_t rounds) {
 
 // fma_loop on two CPUs at once, half of the rounds on each; returns the operations of both.
 double fma_loop_on_two(int32_t first_cpu, int32_t second_cpu, int64_t rounds) {
-  std::atomic<int> ready{0};
   double operations[2];
-  const auto run = [&](int cpu, double* done) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    sched_setaffinity(0, sizeof(set), &set);
-    // The other one may have been started on this very CPU.
-    for (++ready; ready < 2;) std::this_thread::yield();
-    *done = fma_loop(rounds / 2);
-  };
-  std::thread a(run, first_cpu, &operations[0]), b(run, second_cpu, &operations[1]);
-  a.join();
-  b.join();
+  on_two(first_cpu, second_cpu, [&](int i) { operations[i] = fma_loop(rounds / 2); });
   return operations[0] + operations[1];
 }
 
@@ -148,14 +154,9 @@ double cycle_loop(int64_t cycles) {
 // Share of the time that two spinning threads, on the CPUs given, do not get: with nothing else
 // running, what a hypervisor keeps from a virtual machine whose cores are all busy.
 double lost_share(int32_t first_cpu, int32_t second_cpu, double seconds) {
-  std::atomic<int> ready{0};
-  const auto lost = [&](int cpu, double* share) {
+  double shares[2];
+  on_two(first_cpu, second_cpu, [&](int i) {
     using Clock = std::chrono::steady_clock;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    sched_setaffinity(0, sizeof(set), &set);
-    for (++ready; ready < 2;) continue;
     const auto begin = Clock::now();
     std::chrono::duration<double> gaps{}, passed{};
     for (auto last = begin; passed.count() < seconds;) {
@@ -164,12 +165,8 @@ double lost_share(int32_t first_cpu, int32_t second_cpu, double seconds) {
       last = now;
       passed = now - begin;
     }
-    *share = gaps.count() / passed.count();
-  };
-  double shares[2];
-  std::thread a(lost, first_cpu, &shares[0]), b(lost, second_cpu, &shares[1]);
-  a.join();
-  b.join();
+    shares[i] = gaps.count() / passed.count();
+  });
   return shares[0] > shares[1] ? shares[0] : shares[1];
 }
 
