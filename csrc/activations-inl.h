@@ -149,18 +149,14 @@ ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
 }
 
 // act of some rows in columns [first, last).
-template <Activation activation, typename scalar>
-void activate_rows(const scalar* const* rows, scalar* const* out, int64_t count, int64_t first,
+template <Activation activation, typename Sum, typename scalar>
+void activate_rows(const Sum* const* rows, scalar* const* out, int64_t count, int64_t first,
                    int64_t last) {
-  constexpr int L = kLanes<scalar>;
+  constexpr int L = kLanes<Sum>;
   for (int64_t i = 0; i < count; ++i) {
-    int64_t j = first;
-    for (; j + L <= last; j += L) {
-      store(out[i] + j, activate<activation, scalar>(load(rows[i] + j)));
-    }
-    if (j < last) {
-      store_first(out[i] + j, activate<activation, scalar>(load_first(rows[i] + j, last - j)),
-                  last - j);
+    for (int64_t j = first; j < last; j += L) {
+      const int64_t n = last - j < L ? last - j : L;
+      store_lanes(out[i] + j, activate<activation, Sum>(load_lanes(rows[i] + j, n)), n);
     }
   }
 }

@@ -2,17 +2,16 @@
 // gradients as products over rows. Who needs no rows of other threads does so in chunks of steps,
 // whose rows are still in the cache then.
 
-// Rows summed in one chain of a weight's gradient; blocks of them are added up.
-constexpr int64_t kGradientRows = kChainTerms;
 // Rows of a chunk, of each part.
-constexpr int64_t kBackwardRows = 2 * kGradientRows;
+template <typename scalar>
+constexpr int64_t kBackwardRows = 2 * kOuterRows<scalar>;
 
 // Sums over the rows of one part of the sequences (see gradient_parts); null where not asked for.
-template <typename scalar>
+template <typename Sum>
 struct WeightSums {
-  scalar* dW_ih;  // [H, I]
-  scalar* dW_hh;  // [H, H]
-  scalar* db;     // [H]
+  Sum* dW_ih;     // [H, I]
+  Sum* dW_hh;     // [H, H]
+  Sum* db;        // [H]
   double* table;  // for ids: dW_ih', [I, H], as far as ids were seen
   bool* seen;     // [I], each member's own of its parts
 };
@@ -33,12 +32,15 @@ struct DeltaRows {
 
 template <typename scalar>
 struct BackwardSpace {
+  using Sum = SumOf<scalar>;
   static constexpr int kMostParts = 2;
+  // Of the first part, where they are of the same type.
+  static constexpr bool kSumsAreResults = std::is_same_v<Sum, scalar>;
 
-  Panels<scalar> hidden;  // columns of W_hh, of dW_hh
-  Panels<scalar> inputs;  // columns of W_ih, of dW_ih
+  Panels<Sum> hidden;  // columns of W_hh, of dW_hh
+  Panels<Sum> inputs;  // columns of W_ih, of dW_ih
   int parts;
-  WeightSums<scalar> sums[kMostParts];  // the first part's are the results themselves
+  WeightSums<Sum> sums[kMostParts];
 
   // Members that share the hidden units are one group. Else there may be as many groups as parts,
   // each of which has its own one, and needs no rows of the others.
@@ -50,13 +52,13 @@ struct BackwardSpace {
 
   // Shared by the members that pack it.
   Team packers;
-  scalar* recurrent;  // W_hh in panels
-  scalar* input;      // W_ih in panels
-  scalar* zeros;      // a row for whatever is absent
+  PackedOf<scalar>* recurrent;  // W_hh in panels
+  PackedOf<scalar>* input;      // W_ih in panels
+  scalar* zeros;                // a row for whatever is absent
 
   // Each member's own:
-  int64_t* step_row;  // of its group, when it is one of several and sequences are packed
-  scalar* packed;     // what OuterProducts packs
+  int64_t* step_row;         // of its group, when it is one of several and sequences are packed
+  PackedOf<scalar>* packed;  // what OuterProducts packs
   size_t bytes;
 
   BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
@@ -75,23 +77,27 @@ struct BackwardSpace {
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
     const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
     for (int part = 0; part < parts; ++part) {
-      const auto take = [&](bool wanted, scalar* result, int64_t n) {
-        return part == 0 ? result : wanted ? arena.take<scalar>(n) : nullptr;
+      const auto take = [&](scalar* result, int64_t n) -> Sum* {
+        if constexpr (kSumsAreResults) {
+          if (part == 0) return result;
+        }
+        return result != nullptr ? arena.take<Sum>(n) : nullptr;
       };
-      sums[part] = {take(dense, dense ? args.dW_ih : nullptr, args.H * args.I),
-                    take(args.dW_hh != nullptr, args.dW_hh, args.H * args.H),
-                    take(args.db != nullptr, args.db, args.H),
+      sums[part] = {take(dense ? args.dW_ih : nullptr, args.H * args.I),
+                    take(args.dW_hh, args.H * args.H), take(args.db, args.H),
                     tokens ? arena.take<double>(args.I * args.H) : nullptr, nullptr};
       arena.next_page();
     }
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
-      recurrent = arena.take<scalar>(args.H * hidden.padded_columns());
-      input = args.dx != nullptr ? arena.take<scalar>(args.H * inputs.padded_columns()) : nullptr;
+      const int64_t rows = packed_rows<scalar>(args.H);
+      const int64_t of_input = args.dx != nullptr ? rows * inputs.padded_columns() : 0;
+      recurrent = arena.take<PackedOf<scalar>>(rows * hidden.padded_columns());
+      input = arena.take<PackedOf<scalar>>(of_input);
       zeros = arena.take<scalar>(zero_columns());
     });
     arena.take_each(team.size, team.rank, [&] {
       step_row = groups > 1 && seq.step_row != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
-      packed = arena.take<scalar>(OuterProducts<scalar>::space(args.H));
+      packed = arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H));
     });
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {
@@ -127,14 +133,15 @@ void prepare_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scal
   // A single step reads W_hh for dh0 only.
   const bool reads_recurrent = length_of(args.seq, 0) > 1 || args.dh0 != nullptr;
   const Range mine = share(reads_recurrent ? space.hidden.count : 0, team);
+  const int64_t rows = packed_rows<scalar>(args.H);
   for (int64_t p = mine.first; p < mine.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
-                      space.recurrent + space.hidden.first_column(p) * args.H);
+                      space.recurrent + space.hidden.first_column(p) * rows);
   }
   const Range also = share(args.dx != nullptr ? space.inputs.count : 0, team);
   for (int64_t p = also.first; p < also.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_ih + k * args.I; }, args.H, space.inputs, p,
-                      space.input + space.inputs.first_column(p) * args.H);
+                      space.input + space.inputs.first_column(p) * rows);
   }
   if (space.step_row != nullptr) {
     int64_t row = 0, end = space.slots.last;
@@ -151,11 +158,12 @@ void prepare_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scal
 template <Activation activation, typename scalar>
 void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scalar* delta,
                     int64_t first, int64_t last) {
-  constexpr int L = kLanes<scalar>;
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
   for (int64_t j = first; j < last; j += L) {
     const int64_t n = last - j < L ? last - j : L;
-    const Vec<scalar> g = load_lanes(dy + j, n) + load_lanes(dh_n + j, n);
-    store_lanes(delta + j, activate_backward<activation, scalar>(g, load_lanes(y + j, n)), n);
+    const Vec<Sum> g = load_lanes(dy + j, n) + load_lanes(dh_n + j, n);
+    store_lanes(delta + j, activate_backward<activation, Sum>(g, load_lanes(y + j, n)), n);
   }
 }
 
@@ -164,7 +172,7 @@ void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scala
 template <Activation activation, typename scalar>
 void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                     Range steps, Range slots, Range mine, const Team* others) {
-  const Panels<scalar>& panels = space.hidden;
+  const Panels<SumOf<scalar>>& panels = space.hidden;
   const Sequences& seq = args.seq;
   const int64_t first = panels.first_column(mine.first);
   const int64_t end = panels.first_column(mine.last);
@@ -200,8 +208,8 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<Finish::kBackward, activation>(
-          product, walk.continuing, panels, p, space.recurrent + panels.first_column(p) * args.H);
+      multiply_rows<Finish::kBackward, activation>(product, walk.continuing, panels, p,
+                                                   space.recurrent);
     }
     backwards = !backwards;
     for (int64_t i = walk.continuing; i < walk.running; ++i) {
@@ -232,8 +240,7 @@ void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     }
     done += count;
     for (int64_t p = 0; p < space.inputs.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, space.inputs, p,
-                                    space.input + space.inputs.first_column(p) * args.H);
+      multiply_rows<Finish::kStore>(product, count, space.inputs, p, space.input);
     }
   }
 }
@@ -256,8 +263,7 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     }
     done += count;
     for (int64_t p = 0; p < space.hidden.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, space.hidden, p,
-                                    space.recurrent + space.hidden.first_column(p) * args.H);
+      multiply_rows<Finish::kStore>(product, count, space.hidden, p, space.recurrent);
     }
   }
 }
@@ -265,18 +271,19 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
 // out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which
 // rounds less.
 template <typename scalar>
-void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) {
-  constexpr int L = kLanes<scalar>;
+void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>* out) {
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
   constexpr int kVectors = 8;
   constexpr int64_t kRows = 16;
   int64_t j = columns.first;
   for (; j + kVectors * L <= columns.last; j += kVectors * L) {  // a few whole cache lines a row
-    Vec<scalar> total[kVectors] = {};
+    Vec<Sum> total[kVectors] = {};
     for (int64_t k = 0; k < K;) {
-      Vec<scalar> sum[kVectors] = {};
+      Vec<Sum> sum[kVectors] = {};
       for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) sum[i] += load(rows[k] + j + i * L);
+        for (int i = 0; i < kVectors; ++i) sum[i] += load_lanes(rows[k] + j + i * L, L);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
@@ -288,9 +295,9 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) 
   }
   for (; j < columns.last; j += L) {
     const int64_t n = columns.last - j < L ? columns.last - j : L;
-    Vec<scalar> total = {};
+    Vec<Sum> total = {};
     for (int64_t k = 0; k < K;) {
-      Vec<scalar> sum = {};
+      Vec<Sum> sum = {};
       for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
         sum += load_lanes(rows[k] + j, n);
       }
@@ -303,10 +310,11 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, scalar* out) 
 // dW_ih, dW_hh and db of the units in a range are sums over rows, taken in the order in which delta
 // is computed: zero first.
 template <typename scalar>
-void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<scalar>& sums, Range units) {
+void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<SumOf<scalar>>& sums,
+                  Range units) {
   const int64_t count = units.last - units.first;
-  const auto zero = [&](scalar* p, int64_t columns) {
-    if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(scalar));
+  const auto zero = [&](SumOf<scalar>* p, int64_t columns) {
+    if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(*p));
   };
   zero(sums.dW_ih, args.I);
   zero(sums.dW_hh, args.H);
@@ -314,16 +322,17 @@ void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<scalar>& su
   if (sums.table != nullptr) std::memset(sums.seen, 0, args.I * sizeof(bool));
 }
 
-// Then the next rows of a walk: a multiple of kGradientRows, or what is left.
+// Then the next rows of a walk: a multiple of kOuterRows, or what is left.
 template <typename scalar>
 void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                 const WeightSums<scalar>& sums, Range units, RowWalk& walk, int64_t total) {
+                 const WeightSums<SumOf<scalar>>& sums, Range units, RowWalk& walk, int64_t total) {
+  constexpr int64_t kRows = kOuterRows<scalar>;
   if (units.first == units.last) return;
-  const scalar* delta[kGradientRows];
-  const scalar* x[kGradientRows];
-  const scalar* y_previous[kGradientRows];
+  const scalar* delta[kRows];
+  const scalar* x[kRows];
+  const scalar* y_previous[kRows];
   for (int64_t done = 0; done < total;) {
-    const int64_t K = total - done < kGradientRows ? total - done : kGradientRows;
+    const int64_t K = total - done < kRows ? total - done : kRows;
     done += K;
     for (int64_t k = 0; k < K; ++k, walk.next()) {
       const int64_t row = row_of(args.seq, walk.t, walk.slot);
@@ -340,9 +349,9 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         const int64_t id = args.ids[row];
         double* entry = sums.table + id * args.H;
         if (sums.seen[id]) {
-          for (int64_t j = units.first; j < units.last; ++j) entry[j] += delta[k][j];
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] += as_sum(delta[k][j]);
         } else {
-          for (int64_t j = units.first; j < units.last; ++j) entry[j] = delta[k][j];
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] = as_sum(delta[k][j]);
           sums.seen[id] = true;
         }
       }
@@ -385,7 +394,7 @@ void store_tables(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>&
           const double* entry = space.sums[part].table + (v + i) * args.H + first;
           for (int64_t j = 0; j < count; ++j) sum[j] += entry[j];
         }
-        for (int64_t j = 0; j < count; ++j) rows[i][j] = static_cast<scalar>(sum[j]);
+        for (int64_t j = 0; j < count; ++j) rows[i][j] = rounded<scalar>(sum[j]);
       }
       scalar* out = args.dW_ih + first * args.I + v;
       int64_t i = 0;
@@ -405,25 +414,29 @@ void store_tables(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>&
   }
 }
 
-// And at last the sums of all parts together, in the first one's place.
+// And at last the sums of all parts together, as the results.
 template <typename scalar>
 void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                    Range units) {
-  constexpr int L = kLanes<scalar>;
-  const auto add = [&](scalar* to, const scalar* from, int64_t columns) {
-    if (to == nullptr) return;
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
+  const auto combine = [&](Sum* WeightSums<Sum>::* sums, int64_t columns, scalar* result) {
+    if (space.sums[0].*sums == nullptr) return;
     for (int64_t j = units.first * columns, end = units.last * columns; j < end; j += L) {
       const int64_t n = end - j < L ? end - j : L;
-      store_lanes(to + j, load_lanes(to + j, n) + load_lanes(from + j, n), n);
+      Vec<Sum> sum = load_lanes(space.sums[0].*sums + j, n);
+      for (int part = 1; part < space.parts; ++part) {
+        sum += load_lanes(space.sums[part].*sums + j, n);
+      }
+      store_lanes(result + j, sum, n);
     }
   };
-  const WeightSums<scalar>& first = space.sums[0];
-  for (int part = 1; part < space.parts; ++part) {
-    add(first.dW_ih, space.sums[part].dW_ih, args.I);
-    add(first.dW_hh, space.sums[part].dW_hh, args.H);
-    add(first.db, space.sums[part].db, 1);
+  if (space.parts > 1 || !space.kSumsAreResults) {
+    combine(&WeightSums<Sum>::dW_ih, args.I, args.dW_ih);
+    combine(&WeightSums<Sum>::dW_hh, args.H, args.dW_hh);
+    combine(&WeightSums<Sum>::db, 1, args.db);
   }
-  if (first.table != nullptr) store_tables(args, space, units);
+  if (space.sums[0].table != nullptr) store_tables(args, space, units);
 }
 
 // The rows of a part, on their way into its sums.
@@ -461,7 +474,8 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   RowWalk input_rows(seq, space.slots, !args.reverse);
 
   const int64_t T = length_of(seq, space.slots.first);
-  const int64_t at_once = kBackwardRows * (space.last_part - space.first_part) / (n > 0 ? n : 1);
+  const int64_t at_once =
+      kBackwardRows<scalar> * (space.last_part - space.first_part) / (n > 0 ? n : 1);
   const int64_t chunk = group.size > 1 ? T : at_once > 1 ? at_once : 1;
   for (int64_t done = 0; done < T; done += chunk) {
     const int64_t end = done + chunk < T ? done + chunk : T;
@@ -480,7 +494,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
       RowsOfPart& of_part = rows[part];
       of_part.summable += rows_in(seq, of_part.slots, steps);
       const int64_t now =
-          end == T ? of_part.summable : of_part.summable / kGradientRows * kGradientRows;
+          end == T ? of_part.summable : of_part.summable / kOuterRows<scalar> * kOuterRows<scalar>;
       add_weights(args, space, space.sums[part], units, of_part.walk, now);
       of_part.summable -= now;
     }

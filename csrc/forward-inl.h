@@ -3,14 +3,15 @@
 // Whether none of n numbers is infinite or NaN.
 template <typename scalar>
 bool all_finite(const scalar* p, int64_t n) {
-  constexpr int64_t L = kLanes<scalar>, kVectors = 8;
-  Vec<scalar> sums[kVectors] = {};  // of each number times zero
+  using Sum = SumOf<scalar>;
+  constexpr int64_t L = kLanes<Sum>, kVectors = 8;
+  Vec<Sum> sums[kVectors] = {};  // of each number times zero
   int64_t i = 0;
   for (; i + kVectors * L <= n; i += kVectors * L) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[v] += load(p + i + v * L) * Vec<scalar>{};
+    for (int v = 0; v < kVectors; ++v) sums[v] += load_lanes(p + i + v * L, L) * Vec<Sum>{};
   }
-  for (; i < n; i += L) sums[0] += load_lanes(p + i, n - i < L ? n - i : L) * Vec<scalar>{};
+  for (; i < n; i += L) sums[0] += load_lanes(p + i, n - i < L ? n - i : L) * Vec<Sum>{};
   for (int v = 1; v < kVectors; ++v) sums[0] += sums[v];
   for (int lane = 0; lane < L; ++lane) {
     if (sums[0][lane] != 0) return false;
@@ -24,17 +25,26 @@ bool gathers_ids(const ForwardArgs<scalar>& args) {
   return args.ids != nullptr && 8 * args.seq.N < args.I;
 }
 
+// The slots whose products are tiles': so many, which come first. The others have one step.
+template <typename scalar>
+int64_t slots_of_tiles(const Sequences& seq) {
+  return kTerms<scalar> == 1 ? slots_longer_than_one(seq) : seq.B;
+}
+
 template <typename scalar>
 struct ForwardSpace {
-  Panels<scalar> panels;
+  using Sum = SumOf<scalar>;
+
+  Panels<Sum> panels;
   // Shared by the members that pack it.
   Team packers;
-  scalar* input;      // W_ih' in panels; for ids a table [I][padded H] of W_ih' + bias
-  scalar* recurrent;  // W_hh' in panels
-  scalar* bias;       // b_ih + b_hh, padded
+  PackedOf<scalar>* input;      // W_ih' in panels; unless ids are given
+  Sum* table;                   // for those: W_ih' + bias, [I][padded H]
+  PackedOf<scalar>* recurrent;  // W_hh' in panels
+  Sum* bias;                    // b_ih + b_hh, padded
   // Each member's own: what its next steps make of x. It does not wait in y, where each element
   // would be written twice: another core that fetches ahead may take the line away in between.
-  scalar* projected;  // [kChunkRows][padded H]
+  Sum* projected;  // [kChunkRows][padded H]
   size_t bytes;
 
   ForwardSpace(const ForwardArgs<scalar>& args, const Team& team, void* base) : panels(args.H) {
@@ -42,19 +52,23 @@ struct ForwardSpace {
     packers = subteam(team, apart ? team.size : 1);
     Arena arena(base);
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
-      input = arena.take<scalar>(args.I * panels.padded_columns());
-      recurrent = arena.take<scalar>(args.H * panels.padded_columns());
-      bias = arena.take<scalar>(panels.padded_columns());
+      const bool tokens = args.ids != nullptr;
+      input = tokens ? nullptr : arena.take<PackedOf<scalar>>(packed_size(args.I));
+      table = tokens ? arena.take<Sum>(args.I * panels.padded_columns()) : nullptr;
+      recurrent = arena.take<PackedOf<scalar>>(packed_size(args.H));
+      bias = arena.take<Sum>(panels.padded_columns());
     });
     arena.take_each(team.size, team.rank,
-                    [&] { projected = arena.take<scalar>(kChunkRows * panels.padded_columns()); });
+                    [&] { projected = arena.take<Sum>(kChunkRows * panels.padded_columns()); });
     bytes = arena.used();
   }
+
+  int64_t packed_size(int64_t K) const { return packed_rows<scalar>(K) * panels.padded_columns(); }
 };
 
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
-  if (args.seq.T == 1) return 0;
+  if (slots_of_tiles<scalar>(args.seq) == 0) return 0;
   return ForwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
 }
 
@@ -69,13 +83,13 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
     return pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
   }
   if (gathers_ids(args)) return;
-  constexpr int L = kLanes<scalar>;
+  constexpr int L = kLanes<SumOf<scalar>>;
   const int64_t ld = space.panels.padded_columns();
   const int64_t end = last < args.H ? last : args.H;
-  pack_transposed_rows(args.W_ih + first * args.I, args.I, args.I, end - first, space.input + first,
+  pack_transposed_rows(args.W_ih + first * args.I, args.I, args.I, end - first, space.table + first,
                        ld);
   for (int64_t v = 0; v < args.I; ++v) {
-    scalar* entry = space.input + v * ld;
+    SumOf<scalar>* entry = space.table + v * ld;
     for (int64_t j = first; j < last; j += L)
       store(entry + j, load(entry + j) + load(space.bias + j));
   }
@@ -85,8 +99,9 @@ void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& s
 template <typename scalar>
 void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range mine,
              const int64_t* rows, int64_t count) {
-  const Panels<scalar>& panels = space.panels;
-  scalar* out[kChunkRows];
+  using Sum = SumOf<scalar>;
+  const Panels<Sum>& panels = space.panels;
+  Sum* out[kChunkRows];
   for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * panels.padded_columns();
   if (args.ids != nullptr) {
     const int64_t first = panels.first_column(mine.first);
@@ -95,25 +110,24 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
       const int64_t id = args.ids[rows[i]];
       if (gathers_ids(args)) {
         for (int64_t j = first; j < last; ++j) {
-          out[i][j] = args.W_ih[j * args.I + id] + space.bias[j];
+          out[i][j] = as_sum(args.W_ih[j * args.I + id]) + space.bias[j];
         }
       } else {
-        std::memcpy(out[i] + first, space.input + id * panels.padded_columns() + first,
-                    (last - first) * sizeof(scalar));
+        std::memcpy(out[i] + first, space.table + id * panels.padded_columns() + first,
+                    (last - first) * sizeof(Sum));
       }
     }
     return;
   }
   const scalar* x[kChunkRows];
-  const scalar* bias[kChunkRows];
+  const Sum* bias[kChunkRows];
   for (int64_t i = 0; i < count; ++i) {
     x[i] = args.x + rows[i] * args.ldx;
     bias[i] = space.bias;
   }
-  TileArgs<scalar> product = {.a = x, .K = args.I, .init = bias, .out = out};
+  TileArgs<scalar, Sum, Sum> product = {.a = x, .K = args.I, .init = bias, .out = out};
   for (int64_t p = mine.first; p < mine.last; ++p) {
-    multiply_rows<Finish::kStore>(product, count, panels, p,
-                                  space.input + panels.first_column(p) * args.I);
+    multiply_rows<Finish::kStore>(product, count, panels, p, space.input);
   }
 }
 
@@ -123,7 +137,8 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
 template <Activation activation, typename scalar>
 void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range slots,
                    Range mine, const Team* others) {
-  const Panels<scalar>& panels = space.panels;
+  using Sum = SumOf<scalar>;
+  const Panels<Sum>& panels = space.panels;
   const Sequences& seq = args.seq;
   const int64_t first = panels.first_column(mine.first);
   const int64_t end = panels.first_column(mine.last);
@@ -136,11 +151,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   int64_t projected = 0;  // steps projected and not yet run
   int64_t rows[kChunkRows];
   const int64_t ld_projected = panels.padded_columns();
-  const scalar* from_input = nullptr;  // the next row of space.projected
+  const Sum* from_input = nullptr;  // the next row of space.projected
   const scalar* previous[kBlockSlots];
-  const scalar* init[kBlockSlots];
+  const Sum* init[kBlockSlots];
   scalar* current[kBlockSlots];
-  TileArgs<scalar> product = {.a = previous, .K = args.H, .init = init, .out = current};
+  TileArgs<scalar, Sum> product = {.a = previous, .K = args.H, .init = init, .out = current};
   product.a_step = product.out_step = (args.reverse ? -seq.B : seq.B) * args.ldy;
   const int64_t rows_running = rows_of_running_tile(panels);
   // A table's rows are read where they are, but by a tile that runs step after step.
@@ -165,7 +180,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       const int64_t row = row_of(seq, walk.t, slot[i]);
       current[i] = args.y + row * args.ldy;
       init[i] =
-          looks_up ? space.input + args.ids[row] * ld_projected : from_input + i * ld_projected;
+          looks_up ? space.table + args.ids[row] * ld_projected : from_input + i * ld_projected;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
       previous[i] = args.y + row_of(seq, before, slot[i]) * args.ldy;
@@ -190,8 +205,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<Finish::kActivate, activation>(
-          product, active, panels, p, space.recurrent + panels.first_column(p) * args.H);
+      multiply_rows<Finish::kActivate, activation>(product, active, panels, p, space.recurrent);
     }
     backwards = !backwards;
     if (active < walk.running) {  // sequences that start from zeros
@@ -209,9 +223,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
 
 template <Activation activation, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
-  const int64_t longer = slots_longer_than_one(args.seq);
-  if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
-  if (longer == 0) return;
+  const int64_t longer = slots_of_tiles<scalar>(args.seq);
+  if constexpr (kTerms<scalar> == 1) {
+    if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
+    if (longer == 0) return;
+  }
   const ForwardSpace<scalar> space(args, team, args.workspace);
   pack_forward(args, space);
   wait_for(space.packers);

@@ -90,8 +90,7 @@ template <Finish finish, Activation activation = Activation::kRelu, typename sca
 void multiply(TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
               const scalar* packed) {
   for (int64_t p = 0; p < panels.count; ++p) {
-    multiply_rows<finish, activation>(product, rows, panels, p,
-                                      packed + panels.first_column(p) * product.K);
+    multiply_rows<finish, activation>(product, rows, panels, p, packed);
   }
 }
 

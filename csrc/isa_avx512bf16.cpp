@@ -11,11 +11,19 @@ extern const Kernels<double> kAvx512F64;
 
 namespace {
 
-// clang-format off: in order of dependence
+#define CHARRNN_FAST_BFLOAT16
 #include "avx512-inl.h"
 #include "kernels-inl.h"
-#include "bfloat16-inl.h"
-// clang-format on
+
+constexpr Kernels<bfloat16> kBFloat16 = {all_finite<bfloat16>,
+                                         forward_workspace<bfloat16>,
+                                         forward<bfloat16>,
+                                         backward_workspace<bfloat16>,
+                                         backward<bfloat16>,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr};
 
 bool supported() {
   __builtin_cpu_init();
@@ -27,6 +35,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa kAvx512BFloat16;
-const Isa kAvx512BFloat16 = {"avx512bf16", supported, &kAvx512F32, &kAvx512F64, &kBFloat16Kernels};
+const Isa kAvx512BFloat16 = {"avx512bf16", supported, &kAvx512F32, &kAvx512F64, &kBFloat16};
 
 }  // namespace charrnn_fast

@@ -1,6 +1,10 @@
 // Everything generic, in order of dependence; included by each isa_*.cpp inside its namespace.
 // clang-format off
 #include "vec-inl.h"
+#include "format-inl.h"
+#ifdef CHARRNN_FAST_BFLOAT16
+#include "bfloat16-inl.h"
+#endif
 #include "activations-inl.h"
 #include "tile-inl.h"
 #include "pack-inl.h"

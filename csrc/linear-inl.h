@@ -39,8 +39,7 @@ void linear(const LinearArgs<scalar>& args, const Team& team) {
     }
     done += count;
     for (int64_t p = 0; p < panels.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, panels, p,
-                                    space.packed + panels.first_column(p) * args.I);
+      multiply_rows<Finish::kStore>(product, count, panels, p, space.packed);
     }
   }
 }

@@ -161,11 +161,11 @@ void one_step_columns(const OneStep<scalar>& args, int64_t rows) {
 
 // b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
 template <typename scalar>
-void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, scalar* bias) {
+void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, SumOf<scalar>* bias) {
   for (int64_t j = first; j < last; ++j) {
-    scalar b = 0;
-    if (j < args.H && args.b_ih != nullptr) b += args.b_ih[j];
-    if (j < args.H && args.b_hh != nullptr) b += args.b_hh[j];
+    SumOf<scalar> b = 0;
+    if (j < args.H && args.b_ih != nullptr) b += as_sum(args.b_ih[j]);
+    if (j < args.H && args.b_hh != nullptr) b += as_sum(args.b_hh[j]);
     bias[j - first] = b;
   }
 }

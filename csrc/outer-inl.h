@@ -6,7 +6,12 @@
 // Whether the rows are packed first. Tiles of several cache lines across read them where they lie,
 // which takes less time than to pack them; narrower ones would come back to the same lines and
 // pages for too little work.
-constexpr bool kOuterPacks = kVectorBytes < 64;
+template <typename scalar>
+constexpr bool kOuterPacks = kVectorBytes < 64 || kTerms<scalar> > 1;
+
+// Rows of a and b that are multiplied at once, in one chain.
+template <typename scalar>
+constexpr int64_t kOuterRows = 128 * kTerms<scalar>;
 
 // Operands of a tile: K rows of a, whose columns from `row` on are rows of out, and of b, whose
 // columns begin at `column`.
@@ -15,9 +20,9 @@ struct OuterArgs {
   int64_t K;
   const scalar* const* a;  // unless kOuterPacks
   const scalar* const* b;
-  const scalar* packed_a;  // [K][height]
-  const scalar* packed_b;  // [K][width] vectors
-  scalar* out;             // rows of ld
+  const PackedOf<scalar>* packed_a;  // [packed_rows(K)][height]
+  const PackedOf<scalar>* packed_b;  // [packed_rows(K)][width] vectors
+  SumOf<scalar>* out;                // rows of ld
   int64_t ld;
   int64_t row, column;
   int64_t columns;  // that exist, from there on
@@ -26,25 +31,38 @@ struct OuterArgs {
 // The tile of R rows and P vectors.
 template <typename scalar, int R, int P>
 __attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
-  constexpr int L = kLanes<scalar>;
-  const int64_t K = args.K, row = args.row, column = args.column;
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
+  const int64_t K = packed_rows<scalar>(args.K), row = args.row, column = args.column;
   const int64_t last_lanes = args.columns - (P - 1) * L;
-  scalar* const out = args.out + row * args.ld + column;
-  Vec<scalar> sum[R * P];
+  Sum* const out = args.out + row * args.ld + column;
+  Vec<Sum> sum[R * P];
 #pragma GCC unroll 32
-  for (int i = 0; i < R * P; ++i) sum[i] = Vec<scalar>{};
-  const auto sum_rows = [&](int64_t lanes) __attribute__((always_inline)) {
+  for (int i = 0; i < R * P; ++i) sum[i] = Vec<Sum>{};
+  const auto sum_rows = [&]([[maybe_unused]] int64_t lanes) __attribute__((always_inline)) {
     const auto step = [&](int64_t k) __attribute__((always_inline)) {
-      const scalar* left = kOuterPacks ? args.packed_a + k * R : args.a[k] + row;
-      const scalar* right = kOuterPacks ? args.packed_b + k * P * L : args.b[k] + column;
+      const PackedOf<scalar>*left, *right;
+      if constexpr (kOuterPacks<scalar>) {
+        left = args.packed_a + k * R;
+        right = args.packed_b + k * P * L;
+      } else {
+        left = args.a[k] + row;
+        right = args.b[k] + column;
+      }
       // One address each with constant offsets, where g++ would keep one for every offset.
       asm("" : "+r"(left), "+r"(right));
-      Vec<scalar> b[P];
+      Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) b[p] = load_lanes(right + p * L, p < P - 1 ? L : lanes);
+      for (int p = 0; p < P; ++p) {
+        if constexpr (kOuterPacks<scalar>) {
+          b[p] = load(right + p * L);
+        } else {
+          b[p] = load_lanes(right + p * L, p < P - 1 ? L : lanes);
+        }
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec<scalar> a = broadcast(left[r]);
+        const Vec<PackedOf<scalar>> a = broadcast(left[r]);
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) sum[r * P + p] = multiply_add(a, b[p], sum[r * P + p]);
       }
@@ -59,7 +77,7 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
     }
     for (; k < K; ++k) step(k);
   };
-  if (kOuterPacks || last_lanes == L) {
+  if (kOuterPacks<scalar> || last_lanes == L) {
     sum_rows(L);
   } else {
     sum_rows(last_lanes);
@@ -69,7 +87,7 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const int64_t lanes = p < P - 1 ? L : last_lanes;
-      scalar* to = out + r * args.ld + p * L;
+      Sum* to = out + r * args.ld + p * L;
       store_lanes(to, load_lanes(to, lanes) + sum[r * P + p], lanes);
     }
   }
@@ -95,24 +113,25 @@ constexpr OuterTile<scalar> kOuterTiles[6][4] = {
 #undef CHARRNN_FAST_TILES
 };
 
-// Rows of out that K <= kChainTerms rows of a are multiplied for, with one b after the other.
+// Rows of out that K <= kOuterRows rows of a are multiplied for, with one b after the other.
 template <typename scalar>
 class OuterProducts {
  public:
-  // Scalars of work space, for so many rows of out.
+  // Elements of work space, for so many rows of out.
   static int64_t space(int64_t rows) {
-    return kOuterPacks ? tiles(rows) * kTile + kChainTerms * kTileVectors * kLanes<scalar> : 0;
+    if (!kOuterPacks<scalar>) return 0;
+    return tiles(rows) * kTile + kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
   }
 
-  OuterProducts(const scalar* const* a, int64_t K, Range rows, scalar* space)
+  OuterProducts(const scalar* const* a, int64_t K, Range rows, PackedOf<scalar>* space)
       : a_(a), K_(K), rows_(rows), packed_a_(space) {
-    if (kOuterPacks) pack_columns();
+    if (kOuterPacks<scalar>) pack_columns();
   }
 
   // out += a' b in these rows of out, which are of panels.columns.
-  void add(const scalar* const* b, const Panels<scalar>& panels, scalar* out) const {
-    scalar* const packed_b =
-        kOuterPacks ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
+  void add(const scalar* const* b, const Panels<SumOf<scalar>>& panels, SumOf<scalar>* out) const {
+    PackedOf<scalar>* const packed_b =
+        kOuterPacks<scalar> ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
     OuterArgs<scalar> args = {.K = K_,
                               .a = a_,
                               .b = b,
@@ -124,7 +143,7 @@ class OuterProducts {
                               .column = 0,
                               .columns = 0};
     for (int64_t p = 0; p < panels.count; ++p) {
-      if (kOuterPacks) {
+      if (kOuterPacks<scalar>) {
         pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b);
       }
       args.column = panels.first_column(p);
@@ -134,7 +153,7 @@ class OuterProducts {
         const int64_t height =
             rows_.last - args.row < kTileRows ? rows_.last - args.row : kTileRows;
         kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
-        if (kOuterPacks) args.packed_a += kTile;
+        if (kOuterPacks<scalar>) args.packed_a += kTile;
       }
     }
   }
@@ -142,29 +161,29 @@ class OuterProducts {
  private:
   // Scalars from one packed tile of a to the next: a cache line more than it needs, lest the tiles
   // all fall into the same few sets of the cache.
-  static constexpr int64_t kTile = kChainTerms * kTileRows + 64 / sizeof(scalar);
+  static constexpr int64_t kPackedRows = packed_rows<scalar>(kOuterRows<scalar>);
+  static constexpr int64_t kTile = kPackedRows * kTileRows + 64 / sizeof(PackedOf<scalar>);
   static int64_t tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
   // Row by row, as they lie in memory.
   void pack_columns() {
     const int64_t whole = (rows_.last - rows_.first) / kTileRows;
     const int64_t rest = (rows_.last - rows_.first) % kTileRows;
-    for (int64_t k = 0; k < K_; ++k) {
-      const scalar* source = a_[k] + rows_.first;
-      scalar* target = packed_a_ + k * kTileRows;
+    for (int64_t k = 0; k < packed_rows<scalar>(K_); ++k) {
+      const auto of_terms = rows_of_terms<scalar>([&](int64_t i) { return a_[i]; }, k, K_);
+      PackedOf<scalar>* target = packed_a_ + k * kTileRows;
+      int64_t column = rows_.first;
       for (int64_t tile = 0; tile < whole; ++tile) {
-        // A constant number of bytes: a few moves instead of a call.
-        std::memcpy(target, source, kTileRows * sizeof(scalar));
-        source += kTileRows;
+        pack_terms(of_terms, column, kTileRows, target);
+        column += kTileRows;
         target += kTile;
       }
-      target = packed_a_ + whole * kTile + k * rest;
-      for (int64_t r = 0; r < rest; ++r) target[r] = source[r];
+      pack_terms(of_terms, column, rest, packed_a_ + whole * kTile + k * rest);
     }
   }
 
   const scalar* const* a_;
   int64_t K_;
   Range rows_;
-  scalar* packed_a_;
+  PackedOf<scalar>* packed_a_;
 };

@@ -2,7 +2,12 @@
 
 // Moves a block of kBlock x kBlock scalars from rows `source_stride` apart to columns.
 template <typename scalar>
-struct Transpose;
+struct Transpose {
+  static constexpr int kBlock = 1;
+  static ALWAYS_INLINE void run(const scalar* source, int64_t, scalar* target, int64_t) {
+    *target = *source;
+  }
+};
 
 template <>
 struct Transpose<float> {
@@ -25,14 +30,6 @@ struct Transpose<float> {
     std::memcpy(target + target_stride, &b, 16);
     std::memcpy(target + 2 * target_stride, &c, 16);
     std::memcpy(target + 3 * target_stride, &d, 16);
-  }
-};
-
-template <>
-struct Transpose<double> {
-  static constexpr int kBlock = 1;
-  static ALWAYS_INLINE void run(const double* source, int64_t, double* target, int64_t) {
-    *target = *source;
   }
 };
 
@@ -77,32 +74,34 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
 }
 
 // Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W': each is
-// [K][width] vectors.
+// [packed_rows(K)][width] vectors.
 template <typename scalar>
-void pack_transposed(const scalar* W, int64_t K, const Panels<scalar>& panels, int64_t first_panel,
-                     int64_t last_panel, scalar* packed) {
+void pack_transposed(const scalar* W, int64_t K, const Panels<SumOf<scalar>>& panels,
+                     int64_t first_panel, int64_t last_panel, PackedOf<scalar>* packed) {
   for (int64_t p = first_panel; p < last_panel; ++p) {
-    const int64_t first = panels.first_column(p) * K;
-    pack_transposed_rows(W + first, K, K, panels.used_columns(p), packed + first,
-                         panels.width(p) * kLanes<scalar>);
+    const int64_t first = panels.first_column(p);
+    pack_transposed_rows(W + first * K, K, K, panels.used_columns(p),
+                         packed + first * packed_rows<scalar>(K),
+                         panels.width(p) * kLanes<PackedOf<scalar>>);
   }
 }
 
 // Packs K rows of `columns` for one panel of the product a b; row(k) finds them. The result is
-// [K][width] vectors.
+// [packed_rows(K)][width] vectors.
 template <typename scalar, typename RowOf>
-ALWAYS_INLINE void pack_rows(const RowOf& row, int64_t K, const Panels<scalar>& panels,
-                             int64_t panel, scalar* target) {
-  constexpr int L = kLanes<scalar>;
+ALWAYS_INLINE void pack_rows(const RowOf& row, int64_t K, const Panels<SumOf<scalar>>& panels,
+                             int64_t panel, PackedOf<scalar>* target) {
+  constexpr int L = kLanes<PackedOf<scalar>>;
   const int width = panels.width(panel);
   const int64_t last = panels.used_columns(panel) - (width - 1) * L;
   const int64_t first_column = panels.first_column(panel);
-  for (int64_t k = 0; k < K; ++k) {
-    const scalar* source = row(k) + first_column;
-    for (int p = 0; p < width - 1; ++p) store(target + p * L, load(source + p * L));
-    source += (width - 1) * L;
+  for (int64_t k = 0; k < packed_rows<scalar>(K); ++k) {
+    const auto of_terms = rows_of_terms<scalar>(row, k, K);
+    for (int p = 0; p < width - 1; ++p) {
+      store(target + p * L, load_terms(of_terms, first_column + p * L, L));
+    }
     target += (width - 1) * L;
-    store(target, load_lanes(source, last));
+    store(target, load_terms(of_terms, first_column + (width - 1) * L, last));
     target += L;
   }
 }

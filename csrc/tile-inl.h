@@ -44,8 +44,10 @@ constexpr int chains_of_lone_panel(int width) {
 }
 
 // Terms of the longest chain: longer sums are summed in blocks of so many, which rounds less, and
-// whose part of a panel stays in L1 while the rows pass by.
-constexpr int64_t kChainTerms = 128;
+// whose part of a panel stays in L1 while the rows pass by. Sums of bfloat16 are exact enough, and
+// there is nowhere in rows of bfloat16 to keep them between blocks.
+template <typename scalar>
+constexpr int64_t kChainTerms = kTerms<scalar> == 1 ? 128 : std::numeric_limits<int64_t>::max();
 
 // Rows of the tallest tile that sums several such blocks itself. Beside the sums of a taller one
 // there are no registers for totals: those wait in memory, and each block is a call.
@@ -64,17 +66,18 @@ enum class Finish {
   kBackward,  // out = (init + a b) * act'(y)
 };
 
-// Operands of a tile. init, out and y point at whole rows; the panel's `columns` columns start at
-// `column`. A tile that holds whole rows may run several steps, its output being the next one's
-// input: then the rows of each step lie *_step scalars behind those of the one before.
-template <typename scalar>
+// Operands of a tile. init, out and y point at whole rows, of a dtype or of its sums; the panel's
+// `columns` columns start at `column`. A tile that holds whole rows may run several steps, its
+// output being the next one's input: then the rows of each step lie *_step scalars behind those of
+// the one before.
+template <typename scalar, typename Init = scalar, typename Out = scalar>
 struct TileArgs {
-  const scalar* const* a = nullptr;  // rows of K scalars
-  const scalar* panel = nullptr;     // [K][width] vectors
-  int64_t first_k = 0;               // of the rows of a; of the panel already taken into account
+  const scalar* const* a = nullptr;         // rows of K scalars
+  const PackedOf<scalar>* panel = nullptr;  // [packed_rows(K)][width] vectors
+  int64_t first_k = 0;  // of the rows of a; of the panel already taken into account
   int64_t K = 0;
-  const scalar* const* init = nullptr;
-  scalar* const* out = nullptr;
+  const Init* const* init = nullptr;
+  Out* const* out = nullptr;
   const scalar* const* y = nullptr;  // kBackward only
   int64_t column = 0;
   int64_t columns = 0;
@@ -82,20 +85,23 @@ struct TileArgs {
   int64_t a_step = 0, init_step = 0, out_step = 0, y_step = 0;
 };
 
-template <Finish finish, Activation activation, typename scalar>
-ALWAYS_INLINE Vec<scalar> finished(Vec<scalar> sum, const scalar* y, int64_t lanes) {
-  if constexpr (finish == Finish::kActivate) return activate<activation, scalar>(sum);
+template <Finish finish, Activation activation, typename Sum, typename scalar>
+ALWAYS_INLINE Vec<Sum> finished(Vec<Sum> sum, const scalar* y, int64_t lanes) {
+  if constexpr (finish == Finish::kActivate) return activate<activation, Sum>(sum);
   if constexpr (finish == Finish::kBackward) {
-    return activate_backward<activation, scalar>(sum, load_lanes(y, lanes));
+    return activate_backward<activation, Sum>(sum, load_lanes(y, lanes));
   }
   return sum;
 }
 
 // The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
 // panel is the only one. K <= kChainTerms when `lone` or R > kRowsOfSeveralBlocks.
-template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P, int C>
-__attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_row) {
-  constexpr int L = kLanes<scalar>;
+template <Finish finish, Activation activation, bool lone, int R, int P, int C, typename scalar,
+          typename Init, typename Out>
+__attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int64_t first_row) {
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
+  constexpr int kEach = kTerms<scalar>;  // of a row of the panel
   const int64_t last_lanes = args.columns - (P - 1) * L;
   const auto lanes = [&](int p)
                          __attribute__((always_inline)) { return p < P - 1 ? L : last_lanes; };
@@ -129,30 +135,34 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
       }
     };
 
-    const scalar* panel = args.panel;
-    Vec<scalar> total[R * P];
+    const PackedOf<scalar>* panel = args.panel;
+    const int64_t whole = args.K / kEach;  // rows of the panel that are full of terms
+    Vec<Sum> total[R * P];
     for (int64_t first = 0;;) {
-      const int64_t terms = args.K - first < kChainTerms ? args.K - first : kChainTerms;
+      const int64_t left = whole - first;
+      const int64_t terms = left < kChainTerms<scalar> ? left : kChainTerms<scalar>;
       // Chain c sums k = c, c + C, ...; the first one what is left.
-      Vec<scalar> sum[C][R * P];
+      Vec<Sum> sum[C][R * P];
 #pragma GCC unroll 32
       for (int i = 0; i < R * P; ++i) {
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sum[c][i] = Vec<scalar>{};
+        for (int c = 0; c < C; ++c) sum[c][i] = Vec<Sum>{};
         // Here the loads are at hand, and the end is what the next step waits for.
         if constexpr (lone) sum[0][i] = load_lanes(init(i / P, i % P), lanes(i % P));
       }
-      const auto step = [&](int c, int64_t k) __attribute__((always_inline)) {
-        Vec<scalar> b[P];
+      const auto multiply = [&](int c, int64_t k, int n) __attribute__((always_inline)) {
+        Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) b[p] = load(panel + (k * P + p) * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec<scalar> a = broadcast(row[r][k]);
+          const Vec<PackedOf<scalar>> a = broadcast_terms(row[r], k, n);
 #pragma GCC unroll 8
           for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
         }
       };
+      const auto step = [&](int c, int64_t k)
+                            __attribute__((always_inline)) { multiply(c, k, kEach); };
       int64_t k = 0;
       // In several chains there are too few terms to go between; forward's init is in the cache.
       if constexpr (kFetches && C > 1 && finish == Finish::kBackward) {
@@ -173,6 +183,9 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
       }
       if constexpr (C > 1) {
         for (; k < terms; ++k) step(0, k);
+      }
+      if constexpr (kEach == 2) {
+        if (args.K % 2 != 0) multiply(0, whole, 1);
       }
 
 #pragma GCC unroll 32
@@ -200,19 +213,19 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
         for (int i = 0; i < R * P; ++i) total[i] += sum[0][i];
       }
       first += terms;
-      if (first == args.K) break;
+      if (first == whole) break;
       panel += terms * P * L;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) row[r] += terms;
     }
 
     const auto finish_row = [&](int r) __attribute__((always_inline)) {
-      scalar* to = out(r, 0);
-      const scalar* at_y = finish == Finish::kBackward ? y(r, 0) : to;
+      Out* to = out(r, 0);
+      const scalar* at_y = finish == Finish::kBackward ? y(r, 0) : nullptr;
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         store_lanes(to + p * L,
-                    finished<finish, activation, scalar>(total[r * P + p], at_y + p * L, lanes(p)),
+                    finished<finish, activation, Sum>(total[r * P + p], at_y + p * L, lanes(p)),
                     lanes(p));
       }
     };
@@ -226,26 +239,26 @@ __attribute__((noinline)) void tile(const TileArgs<scalar>& args, int64_t first_
   }
 }
 
-template <typename scalar>
-using Tile = void (*)(const TileArgs<scalar>&, int64_t first_row);
+template <typename Args>
+using Tile = void (*)(const Args&, int64_t first_row);
 
-template <typename scalar, Finish finish, Activation activation, bool lone, int R, int P>
-constexpr Tile<scalar> tile_or_null() {
-  if constexpr (P <= kTileVectors) {
+template <typename Args, Finish finish, Activation activation, bool lone, int R, int P>
+constexpr Tile<Args> tile_or_null() {
+  if constexpr (P <= kTileVectors && R <= kTileRows) {
     constexpr int C = lone ? chains_of_lone_panel(P) : 1;
-    if constexpr (R <= kTileRows) return tile<scalar, finish, activation, lone, R, P, C>;
+    return tile<finish, activation, lone, R, P, C>;
   }
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename scalar, Finish finish, Activation activation, bool lone>
-constexpr Tile<scalar> kTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                              \
-  {tile_or_null<scalar, finish, activation, lone, R, 1>(), \
-   tile_or_null<scalar, finish, activation, lone, R, 2>(), \
-   tile_or_null<scalar, finish, activation, lone, R, 3>(), \
-   tile_or_null<scalar, finish, activation, lone, R, 4>()}
+template <typename Args, Finish finish, Activation activation, bool lone>
+constexpr Tile<Args> kTiles[6][4] = {
+#define CHARRNN_FAST_TILES(R)                            \
+  {tile_or_null<Args, finish, activation, lone, R, 1>(), \
+   tile_or_null<Args, finish, activation, lone, R, 2>(), \
+   tile_or_null<Args, finish, activation, lone, R, 3>(), \
+   tile_or_null<Args, finish, activation, lone, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
@@ -259,15 +272,15 @@ inline int64_t tile_height(int64_t rows) {
 }
 
 // Rows that one tile of the recurrence takes when it can run step after step; 0 when it cannot.
-template <typename scalar>
-int64_t rows_of_running_tile(const Panels<scalar>& panels) {
+template <typename Sum>
+int64_t rows_of_running_tile(const Panels<Sum>& panels) {
   return panels.count == 1 ? rows_of_running_tile(panels.width(0)) : 0;
 }
 
 // The product of any number of rows with the panel, of so many vectors, that args name.
-template <typename scalar>
-ALWAYS_INLINE void run_tiles(const Tile<scalar> (&tiles)[6][4], const TileArgs<scalar>& args,
-                             int64_t rows, int width) {
+template <typename Args>
+ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], const Args& args, int64_t rows,
+                             int width) {
   for (int64_t first = 0; first < rows;) {
     const int64_t height = tile_height(rows - first);
     tiles[height - 1][width - 1](args, first);
@@ -275,34 +288,45 @@ ALWAYS_INLINE void run_tiles(const Tile<scalar> (&tiles)[6][4], const TileArgs<s
   }
 }
 
-// The product of any number of rows with one panel, which it names in args: in place, as the tiles
-// would wait for a copy.
-template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
-void multiply_rows(TileArgs<scalar>& args, int64_t rows, const Panels<scalar>& panels,
-                   int64_t panel, const scalar* packed) {
-  constexpr bool kRecurrence = finish == Finish::kActivate || finish == Finish::kBackward;
-  args.panel = packed;
-  args.column = panels.first_column(panel);
-  args.columns = panels.used_columns(panel);
-  const int width = panels.width(panel);
-  if (kRecurrence && panels.count == 1) {
-    return run_tiles(kTiles<scalar, finish, activation, kRecurrence>, args, rows, width);
-  }
-  const auto& finishing = kTiles<scalar, finish, activation, false>;
-  if (rows <= kRowsOfSeveralBlocks || args.K <= kChainTerms) {
-    return run_tiles(finishing, args, rows, width);
-  }
-  // There are several tiles: all of them pass one block of the panel before the next one.
-  TileArgs<scalar> block = args;
-  block.K = kChainTerms;
-  int64_t left = args.K;
-  for (; left > kChainTerms; left -= kChainTerms) {
-    run_tiles(kTiles<scalar, Finish::kStore, Activation::kRelu, false>, block, rows, width);
-    block.first_k += kChainTerms;
-    block.panel += kChainTerms * width * kLanes<scalar>;
+// As multiply_rows, for several tiles and more terms than a chain's: all tiles pass one block of
+// the panel before the next one.
+template <Finish finish, Activation activation, typename scalar>
+void multiply_rows_in_blocks(TileArgs<scalar> block, int64_t rows, int width) {
+  using Args = TileArgs<scalar>;
+  constexpr int64_t kTermsOfBlock = kChainTerms<scalar>;
+  int64_t left = block.K;
+  block.K = kTermsOfBlock;
+  for (; left > kTermsOfBlock; left -= kTermsOfBlock) {
+    run_tiles(kTiles<Args, Finish::kStore, Activation::kRelu, false>, block, rows, width);
+    block.first_k += kTermsOfBlock;
+    block.panel += kTermsOfBlock * width * kLanes<scalar>;
     block.init = block.out;
     block.init_step = block.out_step;
   }
   block.K = left;
-  run_tiles(finishing, block, rows, width);
+  run_tiles(kTiles<Args, finish, activation, false>, block, rows, width);
+}
+
+// The product of any number of rows with one panel of packed weights, which it names in args: in
+// place, as the tiles would wait for a copy.
+template <Finish finish, Activation activation = Activation::kRelu, typename scalar, typename Init,
+          typename Out>
+void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
+                   const Panels<SumOf<scalar>>& panels, int64_t panel,
+                   const PackedOf<scalar>* packed) {
+  using Args = TileArgs<scalar, Init, Out>;
+  constexpr bool kRecurrence = finish == Finish::kActivate || finish == Finish::kBackward;
+  args.column = panels.first_column(panel);
+  args.columns = panels.used_columns(panel);
+  args.panel = packed + args.column * packed_rows<scalar>(args.K);
+  const int width = panels.width(panel);
+  if (kRecurrence && panels.count == 1) {
+    return run_tiles(kTiles<Args, finish, activation, kRecurrence>, args, rows, width);
+  }
+  if constexpr (kTerms<scalar> == 1) {
+    if (rows > kRowsOfSeveralBlocks && args.K > kChainTerms<scalar>) {
+      return multiply_rows_in_blocks<finish, activation>(args, rows, width);
+    }
+  }
+  run_tiles(kTiles<Args, finish, activation, false>, args, rows, width);
 }

@@ -66,20 +66,6 @@ ALWAYS_INLINE void store_first(scalar* p, Vec<scalar> v, int64_t n) {
 #endif
 }
 
-template <typename scalar>
-ALWAYS_INLINE Vec<scalar> load_lanes(const scalar* p, int64_t n) {
-  return n == kLanes<scalar> ? load(p) : load_first(p, n);
-}
-
-template <typename scalar>
-ALWAYS_INLINE void store_lanes(scalar* p, Vec<scalar> v, int64_t n) {
-  if (n == kLanes<scalar>) {
-    store(p, v);
-  } else {
-    store_first(p, v, n);
-  }
-}
-
 // The lanes i, j, k, l of the eight of two four-lane vectors.
 #if defined(__clang__)
 #define SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)

@@ -1,0 +1,83 @@
+// The numbers of a type in memory as the kernels see them: vectors of sums, and terms of products.
+//
+// Here is what every type does that is its own sum; bfloat16-inl.h has the other.
+
+// How numbers of a type in memory are multiplied and added up.
+template <typename scalar>
+struct Format {
+  typedef scalar Sum;     // what products are summed in
+  typedef scalar Packed;  // so many terms of one column of packed weights, side by side
+  static constexpr int kTerms = 1;
+};
+template <typename scalar>
+using SumOf = typename Format<scalar>::Sum;
+template <typename scalar>
+using PackedOf = typename Format<scalar>::Packed;
+template <typename scalar>
+constexpr int kTerms = Format<scalar>::kTerms;
+// Rows of packed weights that hold so many terms.
+template <typename scalar>
+constexpr int64_t packed_rows(int64_t terms) {
+  return (terms + kTerms<scalar> - 1) / kTerms<scalar>;
+}
+
+// A whole vector or its first n lanes; the others are zero.
+template <typename scalar>
+ALWAYS_INLINE Vec<SumOf<scalar>> load_lanes(const scalar* p, int64_t n) {
+  return n == kLanes<scalar> ? load(p) : load_first(p, n);
+}
+
+template <typename scalar>
+ALWAYS_INLINE void store_lanes(scalar* p, Vec<SumOf<scalar>> v, int64_t n) {
+  if (n == kLanes<scalar>) {
+    store(p, v);
+  } else {
+    store_first(p, v, n);
+  }
+}
+
+template <typename scalar>
+ALWAYS_INLINE SumOf<scalar> as_sum(scalar value) {
+  return value;
+}
+
+// The number of `scalar` nearest to a value.
+template <typename scalar>
+ALWAYS_INLINE scalar rounded(double value) {
+  return static_cast<scalar>(value);
+}
+
+// The terms of a row, so many, that a row of packed weights is multiplied with.
+template <typename scalar>
+ALWAYS_INLINE Vec<PackedOf<scalar>> broadcast_terms(const scalar* row, int64_t packed_row, int) {
+  return broadcast(row[packed_row]);
+}
+
+// The rows whose terms lie side by side in a packed row; null beyond the last one.
+template <typename scalar>
+struct RowsOfTerms {
+  const scalar* row[kTerms<scalar>];
+};
+template <typename scalar, typename RowOf>
+ALWAYS_INLINE RowsOfTerms<scalar> rows_of_terms(const RowOf& row, int64_t packed_row, int64_t K) {
+  RowsOfTerms<scalar> rows;
+  for (int64_t i = 0; i < kTerms<scalar>; ++i) {
+    const int64_t k = packed_row * kTerms<scalar> + i;
+    rows.row[i] = k < K ? row(k) : nullptr;
+  }
+  return rows;
+}
+
+// Their terms in the columns of a vector.
+template <typename scalar>
+ALWAYS_INLINE Vec<PackedOf<scalar>> load_terms(const RowsOfTerms<scalar>& rows, int64_t column,
+                                               int64_t n) {
+  return load_lanes(rows.row[0] + column, n);
+}
+
+// And in fewer columns, no more than kTileRows.
+template <typename scalar>
+ALWAYS_INLINE void pack_terms(const RowsOfTerms<scalar>& rows, int64_t column, int64_t n,
+                              PackedOf<scalar>* target) {
+  std::memcpy(target, rows.row[0] + column, n * sizeof(scalar));
+}
