@@ -1,0 +1,183 @@
+// The gradients of the weights: sums over rows, which backward-inl.h has computed delta of.
+
+// out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which
+// rounds less.
+template <typename scalar>
+void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>* out) {
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
+  constexpr int kVectors = 8;
+  constexpr int64_t kRows = 16;
+  int64_t j = columns.first;
+  for (; j + kVectors * L <= columns.last; j += kVectors * L) {  // a few whole cache lines a row
+    Vec<Sum> total[kVectors] = {};
+    for (int64_t k = 0; k < K;) {
+      Vec<Sum> sum[kVectors] = {};
+      for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) sum[i] += load_lanes(rows[k] + j + i * L, L);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      store(out + j + i * L, load(out + j + i * L) + total[i]);
+    }
+  }
+  for (; j < columns.last; j += L) {
+    const int64_t n = columns.last - j < L ? columns.last - j : L;
+    Vec<Sum> total = {};
+    for (int64_t k = 0; k < K;) {
+      Vec<Sum> sum = {};
+      for (const int64_t end = K - k < kRows ? K : k + kRows; k < end; ++k) {
+        sum += load_lanes(rows[k] + j, n);
+      }
+      total += sum;
+    }
+    store_lanes(out + j, load_lanes(out + j, n) + total, n);
+  }
+}
+
+// dW_ih, dW_hh and db of the units in a range are sums over rows, taken in the order in which delta
+// is computed: zero first.
+template <typename scalar>
+void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<SumOf<scalar>>& sums,
+                  Range units) {
+  const int64_t count = units.last - units.first;
+  const auto zero = [&](SumOf<scalar>* p, int64_t columns) {
+    if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(*p));
+  };
+  zero(sums.dW_ih, args.I);
+  zero(sums.dW_hh, args.H);
+  zero(sums.db, 1);
+  if (sums.table != nullptr) std::memset(sums.seen, 0, args.I * sizeof(bool));
+}
+
+// Then the next rows of a walk: a multiple of kOuterRows, or what is left.
+template <typename scalar>
+void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                 const WeightSums<SumOf<scalar>>& sums, Range units, RowWalk& walk, int64_t total) {
+  constexpr int64_t kRows = kOuterRows<scalar>;
+  if (units.first == units.last) return;
+  const scalar* delta[kRows];
+  const scalar* x[kRows];
+  const scalar* y_previous[kRows];
+  for (int64_t done = 0; done < total;) {
+    const int64_t K = total - done < kRows ? total - done : kRows;
+    done += K;
+    for (int64_t k = 0; k < K; ++k, walk.next()) {
+      const int64_t row = row_of(args.seq, walk.t, walk.slot);
+      delta[k] = space.delta(walk.t, walk.slot);
+      if (sums.dW_ih != nullptr) x[k] = args.x + row * args.ldx;
+      if (walk.t == first_step(args.seq, walk.slot, args.reverse)) {
+        y_previous[k] =
+            args.h0 != nullptr ? args.h0 + state_row_of(args.seq, walk.slot) * args.H : space.zeros;
+      } else {
+        const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
+        y_previous[k] = args.y + row_of(args.seq, before, walk.slot) * args.ldy;
+      }
+      if (sums.table != nullptr) {
+        const int64_t id = args.ids[row];
+        double* entry = sums.table + id * args.H;
+        if (sums.seen[id]) {
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] += as_sum(delta[k][j]);
+        } else {
+          for (int64_t j = units.first; j < units.last; ++j) entry[j] = as_sum(delta[k][j]);
+          sums.seen[id] = true;
+        }
+      }
+    }
+    if (sums.db != nullptr) add_rows(delta, K, units, sums.db);
+    if (sums.dW_ih == nullptr && sums.dW_hh == nullptr) continue;
+    const OuterProducts<scalar> products(delta, K, units, space.packed);
+    if (sums.dW_ih != nullptr) products.add(x, space.inputs, sums.dW_ih);
+    if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, sums.dW_hh);
+  }
+}
+
+// Whether any id in [first, last) was seen.
+template <typename scalar>
+bool any_seen(const BackwardSpace<scalar>& space, int64_t first, int64_t last) {
+  bool any = false;
+  for (int part = 0; part < space.parts; ++part) {
+    for (int64_t v = first; v < last; ++v) any |= space.sums[part].seen[v];
+  }
+  return any;
+}
+
+// dW_ih of the units in a range out of the tables of all parts.
+template <typename scalar>
+void store_tables(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                  Range units) {
+  constexpr int64_t kIds = 64 / sizeof(scalar);  // a cache line of dW_ih
+  constexpr int64_t kUnits = 128, kBlock = Transpose<scalar>::kBlock;
+  alignas(64) scalar rows[kIds][kUnits];
+  for (int64_t first = units.first; first < units.last; first += kUnits) {
+    const int64_t count = units.last - first < kUnits ? units.last - first : kUnits;
+    std::memset(args.dW_ih + first * args.I, 0, count * args.I * sizeof(scalar));
+    for (int64_t v = 0; v < args.I; v += kIds) {
+      const int64_t ids = args.I - v < kIds ? args.I - v : kIds;
+      if (!any_seen(space, v, v + ids)) continue;
+      for (int64_t i = 0; i < ids; ++i) {
+        double sum[kUnits] = {};
+        for (int part = 0; part < space.parts; ++part) {
+          if (!space.sums[part].seen[v + i]) continue;
+          const double* entry = space.sums[part].table + (v + i) * args.H + first;
+          for (int64_t j = 0; j < count; ++j) sum[j] += entry[j];
+        }
+        for (int64_t j = 0; j < count; ++j) rows[i][j] = rounded<scalar>(sum[j]);
+      }
+      scalar* out = args.dW_ih + first * args.I + v;
+      int64_t i = 0;
+      for (; i + kBlock <= ids; i += kBlock) {
+        int64_t j = 0;
+        for (; j + kBlock <= count; j += kBlock) {
+          Transpose<scalar>::run(&rows[i][j], kUnits, out + j * args.I + i, args.I);
+        }
+        for (; j < count; ++j) {
+          for (int64_t k = i; k < i + kBlock; ++k) out[j * args.I + k] = rows[k][j];
+        }
+      }
+      for (; i < ids; ++i) {
+        for (int64_t j = 0; j < count; ++j) out[j * args.I + i] = rows[i][j];
+      }
+    }
+  }
+}
+
+// And at last the sums of all parts together, as the results.
+template <typename scalar>
+void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                   Range units) {
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
+  const auto combine = [&](Sum* WeightSums<Sum>::* sums, int64_t columns, scalar* result) {
+    if (space.sums[0].*sums == nullptr) return;
+    for (int64_t j = units.first * columns, end = units.last * columns; j < end; j += L) {
+      const int64_t n = end - j < L ? end - j : L;
+      Vec<Sum> sum = load_lanes(space.sums[0].*sums + j, n);
+      for (int part = 1; part < space.parts; ++part) {
+        sum += load_lanes(space.sums[part].*sums + j, n);
+      }
+      store_lanes(result + j, sum, n);
+    }
+  };
+  if (space.parts > 1 || !space.kSumsAreResults) {
+    combine(&WeightSums<Sum>::dW_ih, args.I, args.dW_ih);
+    combine(&WeightSums<Sum>::dW_hh, args.H, args.dW_hh);
+    combine(&WeightSums<Sum>::db, 1, args.db);
+  }
+  if (space.sums[0].table != nullptr) store_tables(args, space, units);
+}
+
+// The rows of a part, on their way into its sums.
+struct RowsOfPart {
+  RowsOfPart(const Sequences& seq, int part, int parts, bool down)
+      : slots{first_slot_of_part(seq, part, parts), first_slot_of_part(seq, part + 1, parts)},
+        walk(seq, slots, down) {}
+
+  Range slots;
+  RowWalk walk;
+  int64_t summable = 0;  // whose delta is known, and which are not yet summed
+};
