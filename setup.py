@@ -67,7 +67,7 @@ ISA_FLAGS = {
 
 # What Python calls is declared in these: by their digest charrnn_fast/_extension.py tells whether
 # the extension goes with the Python files beside it.
-INTERFACE = ("csrc/generate.cpp", "csrc/module.cpp", "csrc/ops.cpp")
+INTERFACE = ("csrc/generate.cpp", "csrc/module.cpp", "csrc/ops.cpp", "csrc/short_way.cpp")
 
 
 def interface_digest():

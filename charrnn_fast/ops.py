@@ -20,7 +20,7 @@ from charrnn_fast._extension import _C
 
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
 
-# The short ways in; None when the call needs the long way. See csrc/module.cpp.
+# The short ways in; None when the call needs the long way. See csrc/short_way.cpp.
 fast_forward = _C.forward
 fast_call = _C.call
 watch_calls = _C.watch_calls

@@ -13,7 +13,7 @@ from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 _is_compiling = torch.compiler.is_compiling
 
 # What nn.RNN's forward asks of itself, which a subclass may have overridden. The short way asks
-# nothing; csrc/module.cpp has the same list, for attributes of one instance.
+# nothing; csrc/short_way.cpp has the same list, for attributes of one instance.
 _HOOKS = (
     "_update_flat_weights",
     "check_forward_args",
@@ -202,7 +202,7 @@ class RNN(nn.RNN):
 
         major = data.transpose(0, 1) if self.batch_first and not packed else data
         if not _is_compiling():
-            major = major.contiguous()  # see csrc/module.cpp
+            major = major.contiguous()  # see csrc/short_way.cpp
         output, h_n = ops.rnn(
             major,
             hx,
