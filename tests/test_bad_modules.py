@@ -1,0 +1,175 @@
+"""Malformed calls of modules: what nn.RNN refuses, and weights and sizes that do not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from malformed import REFUSALS, B, H, I, T, longs
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import charrnn_fast
+
+
+def module_calls() -> dict[str, Callable[[type[nn.RNN]], Any]]:
+    """Calls that nn.RNN refuses, as functions of the class."""
+    x = torch.randn(T, B, I)
+    h = torch.randn(1, B, H)
+    two = pack_padded_sequence(x, longs(4, 3, 1))
+
+    def call(*args: Any, **kwargs: Any) -> Callable[[type[nn.RNN]], Any]:
+        return lambda cls: cls(I, H, **kwargs)(*args)
+
+    def build(*args: Any, **kwargs: Any) -> Callable[[type[nn.RNN]], Any]:
+        def run(cls: type[nn.RNN]) -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return cls(*args, **kwargs)(x)
+
+        return run
+
+    return {
+        "no input": call(),
+        "input None": call(None),
+        "input a list": call([1.0, 2.0]),
+        "input a string": call("text"),
+        "0-D": call(x[0, 0, 0]),
+        "1-D": call(x[0, 0]),
+        "4-D": call(x[None]),
+        "5-D": call(x[None, None]),
+        "input_size + 1": call(torch.randn(T, B, I + 1)),
+        "input_size - 1": call(x[..., 1:]),
+        "input_size 0": call(x[..., :0]),
+        "T 0": call(x[:0]),
+        "T 0, unbatched": call(x[:0, 0]),
+        "T 0, batch_first": call(x[:, :0], batch_first=True),
+        "double input": call(x.double()),
+        "half input": call(x.half()),
+        "bfloat16 input": call(x.bfloat16()),
+        "complex input": call(x.to(torch.complex64)),
+        "int32 input": call(x.int()),
+        "int64 input of 3 dimensions": call(x.long()),
+        "bool input": call(x.bool()),
+        "meta input": call(x.to("meta")),
+        "sparse input": call(x.to_sparse()),
+        "double hx": call(x, h.double()),
+        "int hx": call(x, h.long()),
+        "meta hx": call(x, h.to("meta")),
+        "hx 2-D": call(x, h[0]),
+        "hx 1-D": call(x, h[0, 0]),
+        "hx 4-D": call(x, h[None]),
+        "hx layers + 1": call(x, h.repeat(2, 1, 1)),
+        "hx layers 0": call(x, h[:0]),
+        "hx batch + 1": call(x, torch.randn(1, B + 1, H)),
+        "hx batch 1": call(x, h[:, :1]),
+        "hx hidden + 1": call(x, torch.randn(1, B, H + 1)),
+        "hx a tuple": call(x, (h, h)),
+        "hx a string": call(x, "h"),
+        "hx 3-D, unbatched": call(x[:, 0], h),
+        "hx of one direction": call(x, h, bidirectional=True),
+        "hx of one layer": call(x, h, num_layers=2),
+        "hx batch, batch_first": call(x, h, batch_first=True),
+        "packed, other width": call(PackedSequence(two.data[:, 1:], two.batch_sizes)),
+        "packed, 3-D": call(PackedSequence(two.data[None], two.batch_sizes)),
+        "packed, hx batch": call(two, h[:, :2]),
+        "packed, double": call(PackedSequence(two.data.double(), two.batch_sizes)),
+        "nonlinearity": build(I, H, nonlinearity="softmax"),
+        "nonlinearity None": build(I, H, nonlinearity=None),
+        "hidden_size 0": build(I, 0),
+        "hidden_size -1": build(I, -1),
+        "hidden_size float": build(I, 2.5),
+        "num_layers 0": build(I, H, num_layers=0),
+        "num_layers -1": build(I, H, num_layers=-1),
+        "dropout 2": build(I, H, dropout=2.0),
+        "dropout -1": build(I, H, dropout=-1.0),
+        "dropout bool": build(I, H, dropout=True),
+        "dropout text": build(I, H, dropout="0.5"),
+        "proj_size": build(I, H, proj_size=3),
+        "unknown argument": build(I, H, units=3),
+        "input_size text": build("5", H),
+        "input_size missing": build(),
+        "dtype int": build(I, H, dtype=torch.int64),
+        "device": build(I, H, device="nowhere"),
+    }
+
+
+@pytest.mark.parametrize("case", module_calls())
+def test_module_refuses_as_nn_rnn_does(case: str) -> None:
+    """The same type of exception for every call that nn.RNN refuses."""
+    call = module_calls()[case]
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        call(nn.RNN)
+    with pytest.raises(type(expected.value)):
+        call(charrnn_fast.RNN)
+
+
+def spoil(change: Callable[[nn.RNN], Any]) -> Callable[[type[nn.RNN]], Any]:
+    def run(cls: type[nn.RNN]) -> Any:
+        module = cls(I, H)
+        change(module)
+        return module(torch.randn(T, B, I))
+
+    return run
+
+
+SPOILT_MODULES: dict[str, Callable[[nn.RNN], Any]] = {
+    "weight_ih of another width": lambda m: setattr(
+        m, "weight_ih_l0", nn.Parameter(torch.randn(H, I + 1))
+    ),
+    "weight_hh not square": lambda m: setattr(
+        m, "weight_hh_l0", nn.Parameter(torch.randn(H, H + 1))
+    ),
+    "weight_hh 1-D": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(torch.randn(H))),
+    "weight_hh double": lambda m: setattr(
+        m, "weight_hh_l0", nn.Parameter(torch.randn(H, H).double())
+    ),
+    "weight_hh on meta": lambda m: setattr(
+        m, "weight_hh_l0", nn.Parameter(torch.empty(H, H, device="meta"))
+    ),
+    "bias too long": lambda m: setattr(m, "bias_ih_l0", nn.Parameter(torch.randn(H + 1))),
+    "data resized": lambda m: setattr(m.weight_hh_l0, "data", torch.randn(H - 1, H - 1)),
+    "storage gone": lambda m: m.weight_hh_l0.data.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_MODULES)
+def test_spoilt_modules(case: str) -> None:
+    """Weights that were replaced by ones that do not fit are refused, not read past their end."""
+    with pytest.raises(REFUSALS) as caught:
+        spoil(SPOILT_MODULES[case])(charrnn_fast.RNN)
+    assert str(caught.value).strip()
+
+
+@pytest.mark.parametrize("lengths", [[4, 2], [4, 2, 0], [5, 2, 1], ["a", "b", "c"], 3, {"a": 1}])
+def test_odd_lengths_of_modules(lengths: Any) -> None:
+    """The module refuses what the ops do, lists and all."""
+    with pytest.raises(REFUSALS):
+        charrnn_fast.RNN(I, H)(torch.randn(T, B, I), None, lengths)
+
+
+def test_huge_sizes_are_refused_or_too_much() -> None:
+    """Sizes beyond 2^63 bytes, and beyond the memory there is, raise; no size wraps around."""
+    rnn = charrnn_fast.RNN(I, H)
+    with pytest.raises(REFUSALS):
+        rnn(torch.zeros(()).expand(2**40, 2**10, I))
+    with pytest.raises(REFUSALS):
+        rnn(torch.zeros((), dtype=torch.int64).expand(2**31, 2**20))
+
+
+def test_backward_twice_and_changed_inputs() -> None:
+    """Autograd's own protections hold: freed buffers, and tensors changed in place since."""
+    rnn = charrnn_fast.RNN(I, H)
+    x = torch.randn(T, B, I, requires_grad=True)
+    output, _ = rnn(x)
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+    output, _ = rnn(x)
+    with torch.no_grad():
+        rnn.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
