@@ -46,8 +46,10 @@ def machine() -> ctypes.CDLL:
     library.fma_loop_on_two.restype = ctypes.c_double
     library.lost_share.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_double]
     library.lost_share.restype = ctypes.c_double
-    library.read_loop.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    library.read_loop.restype = ctypes.c_double
+    for name in ("read_loop", "read_in_turns"):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        function.restype = ctypes.c_double
     return library
 
 
@@ -61,8 +63,17 @@ def best_rate(work, repeats: int = 20) -> float:
     return best
 
 
-def core_limits() -> dict[str, float]:
-    """FMA peaks in GFLOP/s, L2 read bandwidth in GB/s and clock in GHz of the core we run on."""
+def matrix_read_gbytes(H: int) -> float:
+    """GB/s of reading an [H, H] matrix of float32 again and again, in whichever order is best."""
+    library, size = machine(), 4 * H**2
+    data = np.zeros(H**2 + 16, np.float32)
+    address = (data.ctypes.data + 63) // 64 * 64
+    rounds = max(2, 2**24 // size)
+    return best_rate(lambda: library.read_in_turns(address, size, rounds)) / 1e9
+
+
+def core_limits() -> dict[str, float | dict[int, float]]:
+    """FMA peaks in GFLOP/s, read bandwidths in GB/s and clock in GHz of the core we run on."""
     library = machine()
     # Larger than L1, within half of L2.
     data = np.zeros(256 * 1024 // 4 + 16, np.float32)
@@ -71,6 +82,7 @@ def core_limits() -> dict[str, float]:
         "fp32_gflops": best_rate(lambda: library.fma_loop(200_000)) / 1e9,
         "bf16_gflops": best_rate(lambda: library.bf16_loop(200_000)) / 1e9,
         "l2_read_gbytes": best_rate(lambda: library.read_loop(address, 256 * 1024, 200)) / 1e9,
+        "matrix_read_gbytes": {H: matrix_read_gbytes(H) for H in (64, 128, 256, 512)},
         "clock_ghz": best_rate(lambda: library.cycle_loop(3_000_000)) / 1e9,
     }
 
@@ -123,4 +135,4 @@ def onednn() -> ctypes.CDLL:
 
 if __name__ == "__main__":
     for name, value in core_limits().items():
-        print(f"{name:16} {value:8.2f}")
+        print(f"{name:20} {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,15 @@ class Cell:
     def floor(self, limits: dict) -> float:
         """Seconds that no program stays below on this core, by what machine_info says it can do.
 
-        All products at the FMA peak; but a step of the recurrence takes no less than to read W_hh
-        from L2, as far as it does not fit into L1 (32 KB), forward and once more backward.
+        All products at the FMA peak; but a step of the recurrence takes no less, forward and once
+        more backward, than to read W_hh. Activations and packing are not counted.
         """
         steps, peak = self.T, self.peak()
         product = 2 * self.B * self.H  # operations, a step and a row of W_hh' or W_ih'
-        beyond_l1 = max(0, 4 * self.H**2 - 32 * 1024)  # bytes
-        recurrence = max(product * self.H / peak, beyond_l1 / (limits["l2_read_gbytes"] * 1e9))
+        # Measured for some sizes: the next smaller one is read at least as fast.
+        rates = {int(H): rate for H, rate in limits.get("matrix_read_gbytes", {}).items()}
+        rate = min((rates[H] for H in rates if H <= self.H), default=math.inf)
+        recurrence = max(product * self.H / peak, 4 * self.H**2 / (rate * 1e9))
         forward = recurrence + product * self.I / peak
         if not self.topic.endswith("backward"):
             return steps * forward

@@ -135,6 +135,25 @@ double read_loop(const float* data, int64_t bytes, int64_t rounds) {
   return static_cast<double>(n) * kBytes * static_cast<double>(rounds);
 }
 
+// The same there and back in turns, as a program that must read all of it each time may: what was
+// read last is still in L1 then.
+double read_in_turns(const float* data, int64_t bytes, int64_t rounds) {
+  const Vector* p = reinterpret_cast<const Vector*>(data);
+  const int64_t n = bytes / kBytes / 8 * 8;
+  Vector sum[8];
+  start(sum);
+  for (int64_t r = 0; r < rounds; ++r) {
+    for (int64_t i = 0; i < n; i += 8) {
+      const Vector* block = p + (r % 2 == 0 ? i : n - 8 - i);
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) sum[c] += block[c];
+    }
+    asm volatile("" ::: "memory");
+  }
+  keep(sum);
+  return static_cast<double>(n) * kBytes * static_cast<double>(rounds);
+}
+
 // A chain of integer additions, one a cycle: returns the cycles it takes.
 double cycle_loop(int64_t cycles) {
   int64_t x = 0;
