@@ -89,7 +89,7 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -q $(LOCKED) ruff mypy clang-format types-tqdm
 	@touch $@
 
-CLANG_FORMATTED = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
+CLANG_FORMATTED = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
