@@ -120,6 +120,30 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   }
 }
 
+// dx and dh0 where they are of few rows.
+template <typename scalar>
+void backward_thin(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
+                   const Team& team) {
+  const Sequences& seq = args.seq;
+  const scalar* delta[kThinRows<scalar>];
+  scalar* out[kThinRows<scalar>];
+  if (args.dx != nullptr && !space.packs_input) {
+    int64_t rows = 0;
+    for (RowWalk walk(seq, {0, seq.B}, false); !walk.ended(); walk.next()) {
+      delta[rows] = space.delta(walk.t, walk.slot);
+      out[rows++] = args.dx + row_of(seq, walk.t, walk.slot) * args.I;
+    }
+    multiply_thin<scalar>({delta, args.W_ih, out, args.H, args.I}, rows, team);
+  }
+  if (args.dh0 != nullptr && !space.packs_recurrent) {
+    for (int64_t slot = 0; slot < seq.B; ++slot) {
+      delta[slot] = space.delta(0, slot);
+      out[slot] = args.dh0 + state_row_of(seq, slot) * args.H;
+    }
+    multiply_thin<scalar>({delta, args.W_hh, out, args.H, args.H}, seq.B, team);
+  }
+}
+
 template <Activation activation, typename scalar>
 void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   const BackwardSpace<scalar> space(args, team, args.workspace);
@@ -138,9 +162,6 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   static_assert(BackwardSpace<scalar>::kMostParts == 2);
   RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
                        {seq, space.parts - 1, space.parts, !args.reverse}};
-  for (int part = space.first_part; weights && part < space.last_part; ++part) {
-    zero_weights(args, space.sums[part], units);
-  }
   RowWalk input_rows(seq, space.slots, !args.reverse);
 
   const int64_t T = length_of(seq, space.slots.first);
@@ -155,7 +176,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
       backward_block<activation>(args, space, steps, block, panels, hidden ? &team : nullptr);
     }
     wait_for(group);
-    if (args.dx != nullptr) {
+    if (space.packs_input) {
       const Range mine = share(rows_in(seq, space.slots, steps), group);
       if (group.size > 1) input_rows.seek(mine.first);
       backward_input(args, space, input_rows, mine.last - mine.first);
@@ -165,11 +186,14 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
       of_part.summable += rows_in(seq, of_part.slots, steps);
       const int64_t now =
           end == T ? of_part.summable : of_part.summable / kOuterRows<scalar> * kOuterRows<scalar>;
-      add_weights(args, space, space.sums[part], units, of_part.walk, now);
+      add_weights(args, space, space.sums[part], units, of_part, now);
       of_part.summable -= now;
     }
   }
-  if (args.dh0 != nullptr) backward_state(args, space, hidden ? share(seq.B, team) : slots);
+  if (args.dh0 != nullptr && space.packs_recurrent) {
+    backward_state(args, space, hidden ? share(seq.B, team) : slots);
+  }
+  if (seq.B <= kThinRows<scalar>) backward_thin(args, space, team);
   if (weights) {
     if (space.groups > 1) wait_for(team);
     combine_parts(args, space, share(args.H, team));

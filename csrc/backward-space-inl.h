@@ -45,6 +45,8 @@ struct BackwardSpace {
   Range slots;                // of those
   DeltaRows<scalar> delta;
 
+  // What is packed. Of sequences of one step only dh0 needs W_hh.
+  bool packs_recurrent, packs_input;
   // Shared by the members that pack it.
   Team packers;
   PackedOf<scalar>* recurrent;  // W_hh in panels
@@ -67,6 +69,8 @@ struct BackwardSpace {
     slots = {first_slot_of_part(seq, first_part, parts), first_slot_of_part(seq, last_part, parts)};
     const bool apart = by_batch && args.H * (args.H + args.I) <= kPackedByAll;
     packers = subteam(team, apart ? team.size : 1);
+    packs_recurrent = length_of(seq, 0) > 1 || (args.dh0 != nullptr && seq.B > kThinRows<scalar>);
+    packs_input = args.dx != nullptr && seq.N > kThinRows<scalar>;
 
     Arena arena(base);
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
@@ -84,10 +88,12 @@ struct BackwardSpace {
       arena.next_page();
     }
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
-      const int64_t rows = packed_rows<scalar>(args.H);
-      const int64_t of_input = args.dx != nullptr ? rows * inputs.padded_columns() : 0;
-      recurrent = arena.take<PackedOf<scalar>>(rows * hidden.padded_columns());
-      input = arena.take<PackedOf<scalar>>(of_input);
+      const auto take = [&](bool wanted, const Panels<Sum>& panels) {
+        const int64_t n = wanted ? packed_rows<scalar>(args.H) * panels.padded_columns() : 0;
+        return arena.take<PackedOf<scalar>>(n);
+      };
+      recurrent = take(packs_recurrent, hidden);
+      input = take(packs_input, inputs);
       zeros = arena.take<scalar>(zero_columns());
     });
     arena.take_each(team.size, team.rank, [&] {
@@ -125,15 +131,13 @@ template <typename scalar>
 void prepare_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space) {
   const Team& team = space.packers;
   if (team.rank == 0) std::memset(space.zeros, 0, space.zero_columns() * sizeof(scalar));
-  // A single step reads W_hh for dh0 only.
-  const bool reads_recurrent = length_of(args.seq, 0) > 1 || args.dh0 != nullptr;
-  const Range mine = share(reads_recurrent ? space.hidden.count : 0, team);
+  const Range mine = share(space.packs_recurrent ? space.hidden.count : 0, team);
   const int64_t rows = packed_rows<scalar>(args.H);
   for (int64_t p = mine.first; p < mine.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
                       space.recurrent + space.hidden.first_column(p) * rows);
   }
-  const Range also = share(args.dx != nullptr ? space.inputs.count : 0, team);
+  const Range also = share(space.packs_input ? space.inputs.count : 0, team);
   for (int64_t p = also.first; p < also.last; ++p) {
     pack_rows<scalar>([&](int64_t k) { return args.W_ih + k * args.I; }, args.H, space.inputs, p,
                       space.input + space.inputs.first_column(p) * rows);

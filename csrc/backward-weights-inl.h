@@ -1,9 +1,21 @@
 // The gradients of the weights: sums over rows, which backward-inl.h has computed delta of.
 
-// out[j] += sum of rows[k][j], for j in a range. A few rows are summed, then their sums, which
-// rounds less.
+// The rows of a part, on their way into its sums.
+struct RowsOfPart {
+  RowsOfPart(const Sequences& seq, int part, int parts, bool down)
+      : slots{first_slot_of_part(seq, part, parts), first_slot_of_part(seq, part + 1, parts)},
+        walk(seq, slots, down) {}
+
+  Range slots;
+  RowWalk walk;
+  int64_t summable = 0;  // whose delta is known, and which are not yet summed
+  bool first = true;     // none was
+};
+
+// out[j] += sum of rows[k][j], for j in a range; at first out holds nothing. A few rows are summed,
+// then their sums, which rounds less.
 template <typename scalar>
-void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>* out) {
+void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>* out, bool first) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   constexpr int kVectors = 8;
@@ -22,7 +34,7 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      store(out + j + i * L, load(out + j + i * L) + total[i]);
+      store(out + j + i * L, first ? total[i] : load(out + j + i * L) + total[i]);
     }
   }
   for (; j < columns.last; j += L) {
@@ -35,30 +47,19 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>
       }
       total += sum;
     }
-    store_lanes(out + j, load_lanes(out + j, n) + total, n);
+    store_lanes(out + j, first ? total : load_lanes(out + j, n) + total, n);
   }
 }
 
 // dW_ih, dW_hh and db of the units in a range are sums over rows, taken in the order in which delta
-// is computed: zero first.
-template <typename scalar>
-void zero_weights(const BackwardArgs<scalar>& args, const WeightSums<SumOf<scalar>>& sums,
-                  Range units) {
-  const int64_t count = units.last - units.first;
-  const auto zero = [&](SumOf<scalar>* p, int64_t columns) {
-    if (p != nullptr) std::memset(p + units.first * columns, 0, count * columns * sizeof(*p));
-  };
-  zero(sums.dW_ih, args.I);
-  zero(sums.dW_hh, args.H);
-  zero(sums.db, 1);
-  if (sums.table != nullptr) std::memset(sums.seen, 0, args.I * sizeof(bool));
-}
-
-// Then the next rows of a walk: a multiple of kOuterRows, or what is left.
+// is computed. Adds the next rows of a part: a multiple of kOuterRows, or what is left.
 template <typename scalar>
 void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
-                 const WeightSums<SumOf<scalar>>& sums, Range units, RowWalk& walk, int64_t total) {
+                 const WeightSums<SumOf<scalar>>& sums, Range units, RowsOfPart& part,
+                 int64_t total) {
   constexpr int64_t kRows = kOuterRows<scalar>;
+  RowWalk& walk = part.walk;
+  if (part.first && sums.table != nullptr) std::memset(sums.seen, 0, args.I * sizeof(bool));
   if (units.first == units.last) return;
   const scalar* delta[kRows];
   const scalar* x[kRows];
@@ -88,11 +89,13 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         }
       }
     }
-    if (sums.db != nullptr) add_rows(delta, K, units, sums.db);
-    if (sums.dW_ih == nullptr && sums.dW_hh == nullptr) continue;
-    const OuterProducts<scalar> products(delta, K, units, space.packed);
-    if (sums.dW_ih != nullptr) products.add(x, space.inputs, sums.dW_ih);
-    if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, sums.dW_hh);
+    if (sums.db != nullptr) add_rows(delta, K, units, sums.db, part.first);
+    if (sums.dW_ih != nullptr || sums.dW_hh != nullptr) {
+      const OuterProducts<scalar> products(delta, K, units, space.packed, part.first);
+      if (sums.dW_ih != nullptr) products.add(x, space.inputs, sums.dW_ih);
+      if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, sums.dW_hh);
+    }
+    part.first = false;
   }
 }
 
@@ -170,14 +173,3 @@ void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
   }
   if (space.sums[0].table != nullptr) store_tables(args, space, units);
 }
-
-// The rows of a part, on their way into its sums.
-struct RowsOfPart {
-  RowsOfPart(const Sequences& seq, int part, int parts, bool down)
-      : slots{first_slot_of_part(seq, part, parts), first_slot_of_part(seq, part + 1, parts)},
-        walk(seq, slots, down) {}
-
-  Range slots;
-  RowWalk walk;
-  int64_t summable = 0;  // whose delta is known, and which are not yet summed
-};

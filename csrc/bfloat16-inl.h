@@ -22,6 +22,12 @@ ALWAYS_INLINE Vec<uint32_t> broadcast_terms(const bfloat16* row, int64_t packed_
   return reinterpret_cast<Vec<uint32_t>>(_mm512_set1_epi32(two));
 }
 
+ALWAYS_INLINE Vec<uint32_t> load_along(const bfloat16* p, int64_t n) {
+  const __m512i bits =
+      n == 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p);
+  return reinterpret_cast<Vec<uint32_t>>(bits);
+}
+
 typedef uint16_t SixteenBits __attribute__((vector_size(32)));
 
 ALWAYS_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }

@@ -53,6 +53,12 @@ ALWAYS_INLINE Vec<PackedOf<scalar>> broadcast_terms(const scalar* row, int64_t p
   return broadcast(row[packed_row]);
 }
 
+// Terms that lie along a row, as many as a vector holds or the first n; the others are zero.
+template <typename scalar>
+ALWAYS_INLINE Vec<PackedOf<scalar>> load_along(const scalar* p, int64_t n) {
+  return load_lanes(p, n);
+}
+
 // The rows whose terms lie side by side in a packed row; null beyond the last one.
 template <typename scalar>
 struct RowsOfTerms {

@@ -25,12 +25,6 @@ bool gathers_ids(const ForwardArgs<scalar>& args) {
   return args.ids != nullptr && 8 * args.seq.N < args.I;
 }
 
-// The slots whose products are tiles': so many, which come first. The others have one step.
-template <typename scalar>
-int64_t slots_of_tiles(const Sequences& seq) {
-  return kTerms<scalar> == 1 ? slots_longer_than_one(seq) : seq.B;
-}
-
 template <typename scalar>
 struct ForwardSpace {
   using Sum = SumOf<scalar>;
@@ -68,7 +62,7 @@ struct ForwardSpace {
 
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
-  if (slots_of_tiles<scalar>(args.seq) == 0) return 0;
+  if (slots_longer_than_one(args.seq) == 0) return 0;
   return ForwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
 }
 
@@ -223,11 +217,9 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
 
 template <Activation activation, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
-  const int64_t longer = slots_of_tiles<scalar>(args.seq);
-  if constexpr (kTerms<scalar> == 1) {
-    if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
-    if (longer == 0) return;
-  }
+  const int64_t longer = slots_longer_than_one(args.seq);
+  if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
+  if (longer == 0) return;
   const ForwardSpace<scalar> space(args, team, args.workspace);
   pack_forward(args, space);
   wait_for(space.packers);

@@ -12,6 +12,7 @@
 #include "one-step-inl.h"
 #include "forward-inl.h"
 #include "outer-inl.h"
+#include "thin-inl.h"
 #include "backward-space-inl.h"
 #include "backward-weights-inl.h"
 #include "backward-inl.h"

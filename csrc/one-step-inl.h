@@ -45,8 +45,9 @@ ALWAYS_INLINE Few<double> sums_of_lanes(const Vec<double>* v) {
 constexpr int kOneStepRows = kTileVectors;
 constexpr int kOneStepColumns = kTileRows;
 
-// Rows that are computed together.
+// Rows and columns that are computed together.
 constexpr int64_t kOneStepBlock = 48;
+constexpr int64_t kOneStepWidth = 16 * kOneStepColumns;
 
 // Terms of a sum that are added at once, so that those columns' weights stay in L1 while the rows
 // pass by.
@@ -69,37 +70,37 @@ struct Pieces {
   }
 };
 
-// Some terms of some columns of some rows: y = bias + x W_ih' + h W_hh', or with a column of W_ih
-// for x.
+// Some terms of some columns of some rows: sums = bias + x W_ih' + h W_hh', or with a column of
+// W_ih for x.
 template <typename scalar>
 struct OneStep {
   const scalar* const* x;  // rows of I; null when ids are given
   const int64_t* ids;      // of each row
   const scalar* const* h;  // rows of H; null: zeros
-  scalar* const* y;
+  SumOf<scalar>* const* sums;
   const scalar *W_ih = nullptr, *W_hh = nullptr;  // rows of the first column and those after it
   int64_t I, H;
-  Range of_x = {0, 0}, of_h = {0, 0};  // the terms
-  const scalar* bias = nullptr;        // of the first column and those after it; null: added to y
-  int64_t column = 0;
+  Range of_x = {0, 0}, of_h = {0, 0};   // the terms
+  const SumOf<scalar>* bias = nullptr;  // of the first column and those after it; null: in sums
+  int64_t column = 0;                   // of sums
 };
 
 // The sums of R rows, from first_row on, and C columns. What they begin with goes to one lane.
-
 template <int R, int C, typename scalar>
 __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_t first_row) {
+  using Sum = SumOf<scalar>;
   constexpr int64_t L = kLanes<scalar>;
-  constexpr int F = kFew<scalar>;
+  constexpr int F = kFew<Sum>;
   const auto initial = [&](int r, int c) __attribute__((always_inline)) {
-    if (args.bias == nullptr) return args.y[first_row + r][args.column + c];
+    if (args.bias == nullptr) return args.sums[first_row + r][args.column + c];
     if (args.ids == nullptr) return args.bias[c];
-    return args.bias[c] + args.W_ih[c * args.I + args.ids[first_row + r]];
+    return args.bias[c] + as_sum(args.W_ih[c * args.I + args.ids[first_row + r]]);
   };
   constexpr int kSums = (R * C + F - 1) / F * F;
-  Vec<scalar> sum[kSums];
+  Vec<Sum> sum[kSums];
 #pragma GCC unroll 32
   for (int i = 0; i < R * C; ++i) {
-    sum[i] = Vec<scalar>{};
+    sum[i] = Vec<Sum>{};
     sum[i][0] = initial(i / C, i % C);
   }
   const auto add_terms = [&](const scalar* const* rows, const scalar* W, int64_t K,
@@ -110,12 +111,12 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) b[c] = W + c * K;
     const auto multiply = [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
-      Vec<scalar> factor[R];
+      Vec<PackedOf<scalar>> factor[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) factor[r] = load_lanes(a[r] + k, lanes);
+      for (int r = 0; r < R; ++r) factor[r] = load_along(a[r] + k, lanes);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const Vec<scalar> weight = load_lanes(b[c] + k, lanes);
+        const Vec<PackedOf<scalar>> weight = load_along(b[c] + k, lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           sum[r * C + c] = multiply_add(factor[r], weight, sum[r * C + c]);
@@ -129,18 +130,18 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
   if (args.of_x.last > 0) add_terms(args.x, args.W_ih, args.I, args.of_x);
   if (args.of_h.last > 0) add_terms(args.h, args.W_hh, args.H, args.of_h);
 
-  scalar out[kSums];
+  Sum out[kSums];
 #pragma GCC unroll 8
-  for (int i = R * C; i < kSums; ++i) sum[i] = Vec<scalar>{};
+  for (int i = R * C; i < kSums; ++i) sum[i] = Vec<Sum>{};
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; i += F) {
-    const Few<scalar> sums = sums_of_lanes(sum + i);
+    const Few<Sum> sums = sums_of_lanes(sum + i);
     std::memcpy(out + i, &sums, sizeof(sums));
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) args.y[first_row + r][args.column + c] = out[r * C + c];
+    for (int c = 0; c < C; ++c) args.sums[first_row + r][args.column + c] = out[r * C + c];
   }
 }
 
@@ -174,6 +175,7 @@ void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, Su
 // is split: nobody waits.
 template <Activation activation, typename scalar>
 void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& team) {
+  using Sum = SumOf<scalar>;
   constexpr int64_t kLine = 64 / sizeof(scalar);
   const Range lines = share((args.H + kLine - 1) / kLine, team);
   const int64_t first = lines.first * kLine;
@@ -182,10 +184,13 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& 
   const scalar *x[kOneStepBlock], *h[kOneStepBlock];
   int64_t ids[kOneStepBlock];
   scalar* y[kOneStepBlock];
+  Sum buffer[kOneStepBlock][kOneStepWidth];
+  Sum* sums[kOneStepBlock];
+  for (int64_t i = 0; i < kOneStepBlock; ++i) sums[i] = buffer[i];
   OneStep<scalar> step = {.x = args.ids == nullptr ? x : nullptr,
                           .ids = args.ids != nullptr ? ids : nullptr,
                           .h = args.h0 != nullptr ? h : nullptr,
-                          .y = y,
+                          .sums = sums,
                           .I = args.I,
                           .H = args.H};
   const Pieces<scalar> of_x(args.ids == nullptr ? args.I : 0);
@@ -206,33 +211,38 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& 
         ids[i] = args.ids[row];
       }
       if (args.h0 != nullptr) h[i] = args.h0 + state_row_of(args.seq, begin + i) * args.H;
-      y[i] = args.y + row * args.ldy;
     }
-    for (int64_t column = first; column < last;) {
-      constexpr int C = kOneStepColumns;
-      const int64_t width = last - column < C ? 1 : C;
-      scalar bias[C] = {};
-      add_biases(args, column, column + width, bias);
-      step.column = column;
-      step.bias = bias;
-      step.W_ih = args.W_ih + column * args.I;
-      step.W_hh = args.W_hh + column * args.H;
-      for (int64_t i = 0; i < sweeps; ++i) {
-        step.of_x = of_x[i];
-        step.of_h = of_h[i - of_x_alone];
-        if (width == C) {
-          one_step_columns<C>(step, count);
-        } else {
-          one_step_columns<1>(step, count);
+    for (int64_t from = first; from < last; from += kOneStepWidth) {
+      const int64_t columns = last - from < kOneStepWidth ? last - from : kOneStepWidth;
+      for (int64_t column = 0; column < columns;) {
+        constexpr int C = kOneStepColumns;
+        const int64_t width = columns - column < C ? 1 : C;
+        Sum bias[C] = {};
+        add_biases(args, from + column, from + column + width, bias);
+        step.column = column;
+        step.bias = bias;
+        step.W_ih = args.W_ih + (from + column) * args.I;
+        step.W_hh = args.W_hh + (from + column) * args.H;
+        for (int64_t i = 0; i < sweeps; ++i) {
+          step.of_x = of_x[i];
+          step.of_h = of_h[i - of_x_alone];
+          if (width == C) {
+            one_step_columns<C>(step, count);
+          } else {
+            one_step_columns<1>(step, count);
+          }
+          step.bias = nullptr;
         }
-        step.bias = nullptr;
+        column += width;
       }
-      column += width;
-    }
-    activate_rows<activation>(y, y, count, first, last);
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(args.h_n + state_row_of(args.seq, begin + i) * args.H + first, y[i] + first,
-                  (last - first) * sizeof(scalar));
+      for (int64_t i = 0; i < count; ++i) {
+        y[i] = args.y + row_of(args.seq, 0, begin + i) * args.ldy + from;
+      }
+      activate_rows<activation>(sums, y, count, 0, columns);
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(args.h_n + state_row_of(args.seq, begin + i) * args.H + from, y[i],
+                    columns * sizeof(scalar));
+      }
     }
   }
 }

@@ -23,6 +23,7 @@ struct OuterArgs {
   const PackedOf<scalar>* packed_a;  // [packed_rows(K)][height]
   const PackedOf<scalar>* packed_b;  // [packed_rows(K)][width] vectors
   SumOf<scalar>* out;                // rows of ld
+  bool first;                        // out holds nothing yet
   int64_t ld;
   int64_t row, column;
   int64_t columns;  // that exist, from there on
@@ -88,7 +89,8 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
     for (int p = 0; p < P; ++p) {
       const int64_t lanes = p < P - 1 ? L : last_lanes;
       Sum* to = out + r * args.ld + p * L;
-      store_lanes(to, load_lanes(to, lanes) + sum[r * P + p], lanes);
+      const Vec<Sum> total = sum[r * P + p];
+      store_lanes(to, args.first ? total : load_lanes(to, lanes) + total, lanes);
     }
   }
 }
@@ -123,12 +125,12 @@ class OuterProducts {
     return tiles(rows) * kTile + kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
   }
 
-  OuterProducts(const scalar* const* a, int64_t K, Range rows, PackedOf<scalar>* space)
-      : a_(a), K_(K), rows_(rows), packed_a_(space) {
+  OuterProducts(const scalar* const* a, int64_t K, Range rows, PackedOf<scalar>* space, bool first)
+      : a_(a), K_(K), rows_(rows), packed_a_(space), first_(first) {
     if (kOuterPacks<scalar>) pack_columns();
   }
 
-  // out += a' b in these rows of out, which are of panels.columns.
+  // out += a' b in these rows of out, which are of panels.columns; at first out holds nothing.
   void add(const scalar* const* b, const Panels<SumOf<scalar>>& panels, SumOf<scalar>* out) const {
     PackedOf<scalar>* const packed_b =
         kOuterPacks<scalar> ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
@@ -138,27 +140,37 @@ class OuterProducts {
                               .packed_a = packed_a_,
                               .packed_b = packed_b,
                               .out = out,
+                              .first = first_,
                               .ld = panels.columns,
                               .row = 0,
                               .column = 0,
                               .columns = 0};
-    for (int64_t p = 0; p < panels.count; ++p) {
-      if (kOuterPacks<scalar>) {
-        pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b);
-      }
-      args.column = panels.first_column(p);
-      args.columns = panels.used_columns(p);
-      args.packed_a = packed_a_;
-      for (args.row = rows_.first; args.row < rows_.last; args.row += kTileRows) {
-        const int64_t height =
-            rows_.last - args.row < kTileRows ? rows_.last - args.row : kTileRows;
-        kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
-        if (kOuterPacks<scalar>) args.packed_a += kTile;
+    // Few rows of b stay in L1 while out is written from end to end; of more, a panel does.
+    const bool whole_rows =
+        !kOuterPacks<scalar> && K_ * panels.columns * int64_t{sizeof(scalar)} <= kRowsOfB;
+    const int64_t at_once = whole_rows ? kTileRows : rows_.last - rows_.first;
+    for (Range rows = {rows_.first, 0}; rows.first < rows_.last; rows.first = rows.last) {
+      rows.last = rows.first + at_once < rows_.last ? rows.first + at_once : rows_.last;
+      for (int64_t p = 0; p < panels.count; ++p) {
+        if (kOuterPacks<scalar>) {
+          pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b);
+        }
+        args.column = panels.first_column(p);
+        args.columns = panels.used_columns(p);
+        args.packed_a = packed_a_;
+        for (args.row = rows.first; args.row < rows.last; args.row += kTileRows) {
+          const int64_t height =
+              rows.last - args.row < kTileRows ? rows.last - args.row : kTileRows;
+          kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
+          if (kOuterPacks<scalar>) args.packed_a += kTile;
+        }
       }
     }
   }
 
  private:
+  static constexpr int64_t kRowsOfB = 1 << 14;  // bytes of them in half of L1
+
   // Scalars from one packed tile of a to the next: a cache line more than it needs, lest the tiles
   // all fall into the same few sets of the cache.
   static constexpr int64_t kPackedRows = packed_rows<scalar>(kOuterRows<scalar>);
@@ -186,4 +198,5 @@ class OuterProducts {
   int64_t K_;
   Range rows_;
   PackedOf<scalar>* packed_a_;
+  bool first_;
 };
