@@ -17,7 +17,8 @@ struct ThinArgs {
   int64_t K, columns;
 };
 
-// Some terms of R rows, from first_row on, and P vectors of columns. The first terms begin a sum.
+// The terms of some packed rows, of R rows, from first_row on, and P vectors of columns. The first
+// ones begin the sums, the others are added to out.
 template <int R, int P, typename scalar>
 __attribute__((noinline)) void thin_tile(const ThinArgs<scalar>& args, int64_t first_row,
                                          Range packed, int64_t column) {
