@@ -46,10 +46,8 @@ def machine() -> ctypes.CDLL:
     library.fma_loop_on_two.restype = ctypes.c_double
     library.lost_share.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_double]
     library.lost_share.restype = ctypes.c_double
-    for name in ("read_loop", "read_in_turns"):
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-        function.restype = ctypes.c_double
+    library.read_loop.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
+    library.read_loop.restype = ctypes.c_double
     return library
 
 
@@ -69,7 +67,7 @@ def matrix_read_gbytes(H: int) -> float:
     data = np.zeros(H**2 + 16, np.float32)
     address = (data.ctypes.data + 63) // 64 * 64
     rounds = max(2, 2**24 // size)
-    return best_rate(lambda: library.read_in_turns(address, size, rounds)) / 1e9
+    return best_rate(lambda: library.read_loop(address, size, rounds, True)) / 1e9
 
 
 def core_limits() -> dict[str, float | dict[int, float]]:
@@ -81,7 +79,8 @@ def core_limits() -> dict[str, float | dict[int, float]]:
     return {
         "fp32_gflops": best_rate(lambda: library.fma_loop(200_000)) / 1e9,
         "bf16_gflops": best_rate(lambda: library.bf16_loop(200_000)) / 1e9,
-        "l2_read_gbytes": best_rate(lambda: library.read_loop(address, 256 * 1024, 200)) / 1e9,
+        "l2_read_gbytes": best_rate(lambda: library.read_loop(address, 256 * 1024, 200, False))
+        / 1e9,
         "matrix_read_gbytes": {H: matrix_read_gbytes(H) for H in (64, 128, 256, 512)},
         "clock_ghz": best_rate(lambda: library.cycle_loop(3_000_000)) / 1e9,
     }

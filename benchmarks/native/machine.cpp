@@ -118,33 +118,19 @@ double fma_loop_on_two(int32_t first_cpu, int32_t second_cpu, int64_t rounds) {
   return operations[0] + operations[1];
 }
 
-// Reads `bytes` of `data` (a multiple of 8 vectors) `rounds` times; returns the bytes read.
-double read_loop(const float* data, int64_t bytes, int64_t rounds) {
+// Reads `bytes` of `data` (a multiple of 8 vectors) `rounds` times; returns the bytes read. With
+// `in_turns` there and back, as a program that must read all of it each time may: what was read last
+// is still in L1 then.
+double read_loop(const float* data, int64_t bytes, int64_t rounds, int32_t in_turns) {
   const Vector* p = reinterpret_cast<const Vector*>(data);
   const int64_t n = bytes / kBytes / 8 * 8;
   Vector sum[8];
   start(sum);
   for (int64_t r = 0; r < rounds; ++r) {
-    for (int64_t i = 0; i < n; i += 8) {
-#pragma GCC unroll 8
-      for (int c = 0; c < 8; ++c) sum[c] += p[i + c];
-    }
-    asm volatile("" ::: "memory");
-  }
-  keep(sum);
-  return static_cast<double>(n) * kBytes * static_cast<double>(rounds);
-}
-
-// The same there and back in turns, as a program that must read all of it each time may: what was
-// read last is still in L1 then.
-double read_in_turns(const float* data, int64_t bytes, int64_t rounds) {
-  const Vector* p = reinterpret_cast<const Vector*>(data);
-  const int64_t n = bytes / kBytes / 8 * 8;
-  Vector sum[8];
-  start(sum);
-  for (int64_t r = 0; r < rounds; ++r) {
-    for (int64_t i = 0; i < n; i += 8) {
-      const Vector* block = p + (r % 2 == 0 ? i : n - 8 - i);
+    const bool back = in_turns && r % 2 != 0;
+    const Vector* block = back ? p + n - 8 : p;
+    const int64_t step = back ? -8 : 8;
+    for (int64_t i = 0; i < n; i += 8, block += step) {
 #pragma GCC unroll 8
       for (int c = 0; c < 8; ++c) sum[c] += block[c];
     }

@@ -24,6 +24,23 @@ struct Backward {
   std::unique_ptr<Array<scalar>> dx, dh0, dW_ih, dW_hh, db;
 };
 
+// What both kinds of call are told of a problem.
+template <typename scalar, typename Args>
+void describe(const Problem<scalar>& p, Split split, Args* args) {
+  args->seq = p.sequences();
+  args->I = p.I;
+  args->H = p.H;
+  args->activation = p.activation;
+  args->reverse = p.reverse;
+  args->split = split;
+  args->x = pointer(p.x);
+  args->ldx = p.x ? p.x->ld : 0;
+  args->ids = pointer(p.ids);
+  args->W_ih = p.W_ih->data;
+  args->W_hh = p.W_hh->data;
+  args->h0 = pointer(p.h0);
+}
+
 template <typename scalar>
 Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p, Split split,
                         int team) {
@@ -31,20 +48,9 @@ Forward<scalar> forward(const Kernels<scalar>& kernels, const Problem<scalar>& p
   out.y->fill(made<scalar>(NAN));
   out.h_n->fill(made<scalar>(NAN));
   ForwardArgs<scalar> args{};
-  args.seq = p.sequences();
-  args.I = p.I;
-  args.H = p.H;
-  args.activation = p.activation;
-  args.reverse = p.reverse;
-  args.split = split;
-  args.x = pointer(p.x);
-  args.ldx = p.x ? p.x->ld : 0;
-  args.ids = pointer(p.ids);
-  args.W_ih = p.W_ih->data;
-  args.W_hh = p.W_hh->data;
+  describe(p, split, &args);
   args.b_ih = pointer(p.b_ih);
   args.b_hh = pointer(p.b_hh);
-  args.h0 = pointer(p.h0);
   args.y = out.y->data;
   args.ldy = out.y->ld;
   args.h_n = out.h_n->data;
@@ -79,18 +85,7 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
   auto delta = array<scalar>(p.N, p.H);
   delta->fill(nan);
   BackwardArgs<scalar> args{};
-  args.seq = p.sequences();
-  args.I = p.I;
-  args.H = p.H;
-  args.activation = p.activation;
-  args.reverse = p.reverse;
-  args.split = split;
-  args.x = pointer(p.x);
-  args.ldx = p.x ? p.x->ld : 0;
-  args.ids = pointer(p.ids);
-  args.W_ih = p.W_ih->data;
-  args.W_hh = p.W_hh->data;
-  args.h0 = pointer(p.h0);
+  describe(p, split, &args);
   args.y = y.data;
   args.ldy = y.ld;
   args.dy = pointer(p.dy);
