@@ -74,50 +74,51 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   }
 }
 
+// Some rows of delta times packed weights, which are next(&row of delta, &row of the result).
+template <typename scalar, typename Next>
+void multiply_delta(const BackwardSpace<scalar>& space, int64_t rows,
+                    const Panels<SumOf<scalar>>& panels, const PackedOf<scalar>* packed,
+                    const Next& next) {
+  const scalar* delta[kChunkRows];
+  const scalar* init[kChunkRows];
+  scalar* out[kChunkRows];
+  TileArgs<scalar> product = {.a = delta, .K = space.hidden.columns, .init = init, .out = out};
+  for (int64_t done = 0; done < rows;) {
+    const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
+    for (int64_t i = 0; i < count; ++i) {
+      next(&delta[i], &out[i]);
+      init[i] = space.zeros;
+    }
+    done += count;
+    for (int64_t p = 0; p < panels.count; ++p) {
+      multiply_rows<Finish::kStore>(product, count, panels, p, packed);
+    }
+  }
+}
+
 // dx = delta W_ih for the next rows of a walk.
 template <typename scalar>
 void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                     RowWalk& walk, int64_t rows) {
-  const scalar* delta[kChunkRows];
-  const scalar* init[kChunkRows];
-  scalar* dx[kChunkRows];
-  TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dx};
-  for (int64_t done = 0; done < rows;) {
-    const int64_t count = rows - done < kChunkRows ? rows - done : kChunkRows;
-    for (int64_t i = 0; i < count; ++i, walk.next()) {
-      const int64_t slot = inwards(args.seq, space.slots, walk.slot - space.slots.first);
-      delta[i] = space.delta(walk.t, slot);
-      dx[i] = args.dx + row_of(args.seq, walk.t, slot) * args.I;
-      init[i] = space.zeros;
-    }
-    done += count;
-    for (int64_t p = 0; p < space.inputs.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, space.inputs, p, space.input);
-    }
-  }
+  multiply_delta(space, rows, space.inputs, space.input, [&](const scalar** delta, scalar** dx) {
+    const int64_t slot = inwards(args.seq, space.slots, walk.slot - space.slots.first);
+    *delta = space.delta(walk.t, slot);
+    *dx = args.dx + row_of(args.seq, walk.t, slot) * args.I;
+    walk.next();
+  });
 }
 
 // dh0 = delta W_hh at each sequence's first step.
 template <typename scalar>
 void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                     Range slots) {
-  const scalar* delta[kChunkRows];
-  const scalar* init[kChunkRows];
-  scalar* dh0[kChunkRows];
-  TileArgs<scalar> product = {.a = delta, .K = args.H, .init = init, .out = dh0};
-  for (int64_t done = slots.first; done < slots.last;) {
-    const int64_t count = slots.last - done < kChunkRows ? slots.last - done : kChunkRows;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = done + i;
-      delta[i] = space.delta(first_step(args.seq, slot, args.reverse), slot);
-      dh0[i] = args.dh0 + state_row_of(args.seq, slot) * args.H;
-      init[i] = space.zeros;
-    }
-    done += count;
-    for (int64_t p = 0; p < space.hidden.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, space.hidden, p, space.recurrent);
-    }
-  }
+  int64_t slot = slots.first;
+  multiply_delta(space, slots.last - slots.first, space.hidden, space.recurrent,
+                 [&](const scalar** delta, scalar** dh0) {
+                   *delta = space.delta(first_step(args.seq, slot, args.reverse), slot);
+                   *dh0 = args.dh0 + state_row_of(args.seq, slot) * args.H;
+                   ++slot;
+                 });
 }
 
 // dx and dh0 where they are of few rows.
