@@ -29,13 +29,14 @@ template <typename scalar>
 struct BackwardSpace {
   using Sum = SumOf<scalar>;
   static constexpr int kMostParts = 2;
-  // Of the first part, where they are of the same type.
+  // The first part's sums, where they are of the same type.
   static constexpr bool kSumsAreResults = std::is_same_v<Sum, scalar>;
 
   Panels<Sum> hidden;  // columns of W_hh, of dW_hh
   Panels<Sum> inputs;  // columns of W_ih, of dW_ih
   int parts;
   WeightSums<Sum> sums[kMostParts];
+  bool direct;  // there are none beside the results, which are stored at once or summed in place
 
   // Members that share the hidden units are one group. Else there may be as many groups as parts,
   // each of which has its own one, and needs no rows of the others.
@@ -72,6 +73,8 @@ struct BackwardSpace {
     packs_recurrent = length_of(seq, 0) > 1 || (args.dh0 != nullptr && seq.B > kThinRows<scalar>);
     packs_input = args.dx != nullptr && seq.N > kThinRows<scalar>;
 
+    direct = parts == 1 && (kSumsAreResults || rows_in(seq) <= kOuterRows<scalar>);
+
     Arena arena(base);
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
     const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
@@ -80,7 +83,7 @@ struct BackwardSpace {
         if constexpr (kSumsAreResults) {
           if (part == 0) return result;
         }
-        return result != nullptr ? arena.take<Sum>(n) : nullptr;
+        return result != nullptr ? arena.take<Sum>(direct ? 0 : n) : nullptr;
       };
       sums[part] = {take(dense ? args.dW_ih : nullptr, args.H * args.I),
                     take(args.dW_hh, args.H * args.H), take(args.db, args.H),

@@ -14,8 +14,8 @@ struct RowsOfPart {
 
 // out[j] += sum of rows[k][j], for j in a range; at first out holds nothing. A few rows are summed,
 // then their sums, which rounds less.
-template <typename scalar>
-void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>* out, bool first) {
+template <typename scalar, typename Out>
+void add_rows(const scalar* const* rows, int64_t K, Range columns, Out* out, bool first) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   constexpr int kVectors = 8;
@@ -34,7 +34,8 @@ void add_rows(const scalar* const* rows, int64_t K, Range columns, SumOf<scalar>
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      store(out + j + i * L, first ? total[i] : load(out + j + i * L) + total[i]);
+      Out* to = out + j + i * L;
+      store_lanes(to, first ? total[i] : load_lanes(to, L) + total[i], L);
     }
   }
   for (; j < columns.last; j += L) {
@@ -89,11 +90,17 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
         }
       }
     }
-    if (sums.db != nullptr) add_rows(delta, K, units, sums.db, part.first);
-    if (sums.dW_ih != nullptr || sums.dW_hh != nullptr) {
+    const auto add = [&](auto* dW_ih, auto* dW_hh, auto* db) {
+      if (sums.db != nullptr) add_rows(delta, K, units, db, part.first);
+      if (sums.dW_ih == nullptr && sums.dW_hh == nullptr) return;
       const OuterProducts<scalar> products(delta, K, units, space.packed, part.first);
-      if (sums.dW_ih != nullptr) products.add(x, space.inputs, sums.dW_ih);
-      if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, sums.dW_hh);
+      if (sums.dW_ih != nullptr) products.add(x, space.inputs, dW_ih);
+      if (sums.dW_hh != nullptr) products.add(y_previous, space.hidden, dW_hh);
+    };
+    if (space.kSumsAreResults || !space.direct) {
+      add(sums.dW_ih, sums.dW_hh, sums.db);
+    } else {
+      add(args.dW_ih, args.dW_hh, args.db);
     }
     part.first = false;
   }
@@ -166,7 +173,7 @@ void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
       store_lanes(result + j, sum, n);
     }
   };
-  if (space.parts > 1 || !space.kSumsAreResults) {
+  if (!space.direct) {
     combine(&WeightSums<Sum>::dW_ih, args.I, args.dW_ih);
     combine(&WeightSums<Sum>::dW_hh, args.H, args.dW_hh);
     combine(&WeightSums<Sum>::db, 1, args.db);

@@ -15,14 +15,14 @@ constexpr int64_t kOuterRows = 128 * kTerms<scalar>;
 
 // Operands of a tile: K rows of a, whose columns from `row` on are rows of out, and of b, whose
 // columns begin at `column`.
-template <typename scalar>
+template <typename scalar, typename Out>
 struct OuterArgs {
   int64_t K;
   const scalar* const* a;  // unless kOuterPacks
   const scalar* const* b;
   const PackedOf<scalar>* packed_a;  // [packed_rows(K)][height]
   const PackedOf<scalar>* packed_b;  // [packed_rows(K)][width] vectors
-  SumOf<scalar>* out;                // rows of ld
+  Out* out;                          // rows of ld
   bool first;                        // out holds nothing yet
   int64_t ld;
   int64_t row, column;
@@ -30,13 +30,13 @@ struct OuterArgs {
 };
 
 // The tile of R rows and P vectors.
-template <typename scalar, int R, int P>
-__attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
+template <int R, int P, typename scalar, typename Out>
+__attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   const int64_t K = packed_rows<scalar>(args.K), row = args.row, column = args.column;
   const int64_t last_lanes = args.columns - (P - 1) * L;
-  Sum* const out = args.out + row * args.ld + column;
+  Out* const out = args.out + row * args.ld + column;
   Vec<Sum> sum[R * P];
 #pragma GCC unroll 32
   for (int i = 0; i < R * P; ++i) sum[i] = Vec<Sum>{};
@@ -88,28 +88,28 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar>& args) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const int64_t lanes = p < P - 1 ? L : last_lanes;
-      Sum* to = out + r * args.ld + p * L;
+      Out* to = out + r * args.ld + p * L;
       const Vec<Sum> total = sum[r * P + p];
       store_lanes(to, args.first ? total : load_lanes(to, lanes) + total, lanes);
     }
   }
 }
 
-template <typename scalar>
-using OuterTile = void (*)(const OuterArgs<scalar>&);
+template <typename Args>
+using OuterTile = void (*)(const Args&);
 
-template <typename scalar, int R, int P>
-constexpr OuterTile<scalar> outer_tile_or_null() {
-  if constexpr (R <= kTileRows && P <= kTileVectors) return outer_tile<scalar, R, P>;
+template <typename Args, int R, int P>
+constexpr OuterTile<Args> outer_tile_or_null() {
+  if constexpr (R <= kTileRows && P <= kTileVectors) return outer_tile<R, P>;
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename scalar>
-constexpr OuterTile<scalar> kOuterTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                                              \
-  {outer_tile_or_null<scalar, R, 1>(), outer_tile_or_null<scalar, R, 2>(), \
-   outer_tile_or_null<scalar, R, 3>(), outer_tile_or_null<scalar, R, 4>()}
+template <typename Args>
+constexpr OuterTile<Args> kOuterTiles[6][4] = {
+#define CHARRNN_FAST_TILES(R)                                          \
+  {outer_tile_or_null<Args, R, 1>(), outer_tile_or_null<Args, R, 2>(), \
+   outer_tile_or_null<Args, R, 3>(), outer_tile_or_null<Args, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
@@ -131,20 +131,22 @@ class OuterProducts {
   }
 
   // out += a' b in these rows of out, which are of panels.columns; at first out holds nothing.
-  void add(const scalar* const* b, const Panels<SumOf<scalar>>& panels, SumOf<scalar>* out) const {
+  template <typename Out>
+  void add(const scalar* const* b, const Panels<SumOf<scalar>>& panels, Out* out) const {
+    using Args = OuterArgs<scalar, Out>;
     PackedOf<scalar>* const packed_b =
         kOuterPacks<scalar> ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
-    OuterArgs<scalar> args = {.K = K_,
-                              .a = a_,
-                              .b = b,
-                              .packed_a = packed_a_,
-                              .packed_b = packed_b,
-                              .out = out,
-                              .first = first_,
-                              .ld = panels.columns,
-                              .row = 0,
-                              .column = 0,
-                              .columns = 0};
+    Args args = {.K = K_,
+                 .a = a_,
+                 .b = b,
+                 .packed_a = packed_a_,
+                 .packed_b = packed_b,
+                 .out = out,
+                 .first = first_,
+                 .ld = panels.columns,
+                 .row = 0,
+                 .column = 0,
+                 .columns = 0};
     // Few rows of b stay in L1 while out is written from end to end; of more, a panel does.
     const bool whole_rows =
         !kOuterPacks<scalar> && K_ * panels.columns * int64_t{sizeof(scalar)} <= kRowsOfB;
@@ -161,7 +163,7 @@ class OuterProducts {
         for (args.row = rows.first; args.row < rows.last; args.row += kTileRows) {
           const int64_t height =
               rows.last - args.row < kTileRows ? rows.last - args.row : kTileRows;
-          kOuterTiles<scalar>[height - 1][panels.width(p) - 1](args);
+          kOuterTiles<Args>[height - 1][panels.width(p) - 1](args);
           if (kOuterPacks<scalar>) args.packed_a += kTile;
         }
       }
