@@ -29,14 +29,14 @@ template <typename scalar>
 struct BackwardSpace {
   using Sum = SumOf<scalar>;
   static constexpr int kMostParts = 2;
-  // The first part's sums, where they are of the same type.
+  // The first part is summed in the results, where they are of the type of sums.
   static constexpr bool kSumsAreResults = std::is_same_v<Sum, scalar>;
 
   Panels<Sum> hidden;  // columns of W_hh, of dW_hh
   Panels<Sum> inputs;  // columns of W_ih, of dW_ih
   int parts;
   WeightSums<Sum> sums[kMostParts];
-  bool direct;  // there are none beside the results, which are stored at once or summed in place
+  bool direct;  // there are none beside the results, which are summed in place or stored at once
 
   // Members that share the hidden units are one group. Else there may be as many groups as parts,
   // each of which has its own one, and needs no rows of the others.

@@ -5,7 +5,7 @@
 
 // Whether the rows are packed first. Tiles of several cache lines across read them where they lie,
 // which takes less time than to pack them; narrower ones would come back to the same lines and
-// pages for too little work.
+// pages for too little work. Terms that must stand side by side are packed in any case.
 template <typename scalar>
 constexpr bool kOuterPacks = kVectorBytes < 64 || kTerms<scalar> > 1;
 
