@@ -62,7 +62,7 @@ def best_rate(work, repeats: int = 20) -> float:
 
 
 def matrix_read_gbytes(H: int) -> float:
-    """GB/s of reading an [H, H] matrix of float32 again and again, in whichever order is best."""
+    """GB/s of reading an [H, H] matrix of float32 again and again, there and back in turns."""
     library, size = machine(), 4 * H**2
     data = np.zeros(H**2 + 16, np.float32)
     address = (data.ctypes.data + 63) // 64 * 64
