@@ -52,7 +52,7 @@ CXX_FLAGS = [
 ]
 LD_FLAGS = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
 
-# What csrc/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more than the
+# What csrc/kernels/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more than the
 # machine's baseline, so that one binary serves every CPU.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
 ISA_FLAGS = {
@@ -81,7 +81,7 @@ def interface_digest():
 
 def isa_sources():
     """The ISA files to build on this machine, with the flags of each."""
-    paths = {isa: f"csrc/isa_{isa}.cpp" for isa in ISA_FLAGS}
+    paths = {isa: f"csrc/kernels/isa_{isa}.cpp" for isa in ISA_FLAGS}
     return {path: ISA_FLAGS[isa].split() for isa, path in paths.items() if os.path.exists(path)}
 
 
@@ -140,7 +140,7 @@ def cuda_archs():
 
 def extension():
     """The extension: binding files here, ISA files as objects of their own (see BuildKernels)."""
-    sources = sorted(set(glob.glob("csrc/*.cpp")) - set(glob.glob("csrc/isa_*.cpp")))
+    sources = sorted([*glob.glob("csrc/*.cpp"), "csrc/kernels/dispatch.cpp"])
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
     if not HAVE_TORCH:
         return Extension("charrnn_fast._C", sources, depends=headers)

@@ -12,7 +12,7 @@
 #include <optional>
 #include <utility>
 
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast {
 

@@ -10,26 +10,26 @@ namespace {
 
 using at::Tensor;
 
-Tensor activate(const Tensor& sum, Activation activation) {
-  switch (activation) {
-    case Activation::kTanh:
+Tensor activate(const Tensor& sum, Cell cell) {
+  switch (cell) {
+    case Cell::kTanh:
       return at::tanh(sum);
-    case Activation::kRelu:
+    case Cell::kRelu:
       return at::relu(sum);
-    case Activation::kSigmoid:
+    case Cell::kSigmoid:
       return at::sigmoid(sum);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
 
 // The gradient of the sum inside the activation, by means of its result alone.
-Tensor activate_backward(const Tensor& grad, const Tensor& y, Activation activation) {
-  switch (activation) {
-    case Activation::kTanh:
+Tensor activate_backward(const Tensor& grad, const Tensor& y, Cell cell) {
+  switch (cell) {
+    case Cell::kTanh:
       return at::tanh_backward(grad, y);
-    case Activation::kRelu:
+    case Cell::kRelu:
       return at::threshold_backward(grad, y, 0);
-    case Activation::kSigmoid:
+    case Cell::kSigmoid:
       return at::sigmoid_backward(grad, y);
   }
   TORCH_INTERNAL_ASSERT(false);
@@ -138,7 +138,7 @@ Pair forward(const Tensor& input, const Optional& hx, at::TensorList weights,
              const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
              bool has_biases) {
   count(counters().forward_composite);
-  const Activation activation = parse_mode(mode);
+  const Cell cell = parse_mode(mode);
   check_dense(input, hx, weights);
   const Rows rows = find_rows(input, batch_sizes, lengths);
   check_ids(input, weights);
@@ -149,7 +149,7 @@ Pair forward(const Tensor& input, const Optional& hx, at::TensorList weights,
     Tensor h = initial(hx, d.reverse, sums[0]);
     for (int64_t i = 0; i < rows.T; ++i) {
       const int64_t t = d.reverse ? rows.T - 1 - i : i;
-      const Tensor next = activate(at::linear(h, d.W_hh, d.b_hh) + sums[t], activation);
+      const Tensor next = activate(at::linear(h, d.W_hh, d.b_hh) + sums[t], cell);
       if (rows.valid.defined()) {
         const Tensor valid = rows.valid.select(0, t);
         h = at::where(valid, next, h);
@@ -172,7 +172,7 @@ std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Ten
   count(counters().backward_composite);
   TORCH_CHECK(needs.size() == weights.size() + 2, "needs must have ", weights.size() + 2,
               " entries, one for each of input, hx and the weights, got ", needs.size());
-  const Activation activation = parse_mode(mode);
+  const Cell cell = parse_mode(mode);
   const bool tokens = input.scalar_type() == at::kLong;
   check_dense(input, hx, weights);
   for (const Optional& tensor : {dy, dh_n, Optional(y)}) {
@@ -201,7 +201,7 @@ std::vector<Tensor> backward(const Optional& dy, const Optional& dh_n, const Ten
     for (int64_t i = 0; i < rows.T; ++i) {
       const int64_t t = d.reverse ? i : rows.T - 1 - i;
       const Tensor dh_t = dy_t.empty() ? dh : dy_t[t] + dh;
-      deltas[t] = activate_backward(dh_t, y_t[t], activation);
+      deltas[t] = activate_backward(dh_t, y_t[t], cell);
       Tensor before = at::matmul(deltas[t], d.W_hh.conj());
       if (rows.valid.defined()) {
         const Tensor valid = rows.valid.select(0, t);

@@ -27,7 +27,7 @@ namespace {
 class Rows {
  public:
   Rows(const Layer& layer, const Optional& batch_sizes, const Optional& lengths)
-      : seq_{layer.T, layer.B, layer.N, nullptr, nullptr, nullptr} {
+      : seq_{layer.T, layer.B, layer.N, layer.B, nullptr, nullptr, nullptr, nullptr, nullptr} {
     if (batch_sizes.has_value()) {
       const int64_t* running = batch_sizes->const_data_ptr<int64_t>();
       step_row_.resize(layer.T);
@@ -134,7 +134,7 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
         .seq = seq,
         .I = layer.I,
         .H = layer.H,
-        .activation = layer.activation,
+        .cell = layer.cell,
         .reverse = d == 1,
         .split = plan.split,
         .x = layer.tokens ? nullptr : data<scalar>(input),
@@ -245,7 +245,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .seq = seq,
         .I = layer.I,
         .H = layer.H,
-        .activation = layer.activation,
+        .cell = layer.cell,
         .reverse = d == 1,
         .split = plan.split,
         .x = layer.tokens ? nullptr : data<scalar>(input),
@@ -264,7 +264,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
         .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
         .dW_ih = out(dw[0]),
         .dW_hh = out(dw[1]),
-        .db = db,
+        .db_ih = db,
         .workspace = nullptr,
     };
     bytes = std::max(bytes, whole_pages(table.backward_workspace(args[d], plan.members)));

@@ -88,7 +88,7 @@ void generate(const GenerateSizes& sizes, const Tensor& tokens, const std::vecto
         .H = sizes.H,
         .layers = sizes.layers,
         .ld = sizes.S,
-        .activation = sizes.activation,
+        .cell = sizes.cell,
         .W_ih = weights[0].data(),
         .W_hh = weights[1].data(),
         .b_ih = has_biases ? weights[2].data() : nullptr,

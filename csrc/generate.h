@@ -13,7 +13,7 @@ using GenerateOp = Pair(const at::Tensor& tokens, const Optional& state, at::Ten
 
 struct GenerateSizes {
   int64_t N, S, V, H, layers;
-  Activation activation;
+  Cell cell;
 };
 
 // Checks the arguments against each other, not the values of tensors, and returns the sizes.

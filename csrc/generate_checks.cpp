@@ -12,7 +12,7 @@ GenerateSizes check_generate(const Tensor& tokens, const Optional& state, at::Te
                              const Tensor& uniforms, std::string_view mode, bool has_biases,
                              double temperature, int64_t top_k, double top_p) {
   GenerateSizes sizes{};
-  sizes.activation = parse_mode(mode);
+  sizes.cell = parse_mode(mode);
   const size_t per_layer = has_biases ? 4 : 2;
   TORCH_CHECK(!params.empty() && params.size() % per_layer == 0, "generate: params must hold ",
               per_layer, " tensors for each layer (has_biases=", has_biases ? "True" : "False",

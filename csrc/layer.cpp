@@ -70,10 +70,10 @@ void check_lengths(const at::Tensor& lengths, const Layer& layer) {
 
 }  // namespace
 
-Activation parse_mode(std::string_view mode) {
-  if (mode == "RNN_TANH") return Activation::kTanh;
-  if (mode == "RNN_RELU") return Activation::kRelu;
-  if (mode == "RNN_SIGMOID") return Activation::kSigmoid;
+Cell parse_mode(std::string_view mode) {
+  if (mode == "RNN_TANH") return Cell::kTanh;
+  if (mode == "RNN_RELU") return Cell::kRelu;
+  if (mode == "RNN_SIGMOID") return Cell::kSigmoid;
   TORCH_CHECK_VALUE(false, "Unrecognized RNN mode: ", std::string(mode));
 }
 
@@ -81,7 +81,7 @@ Layer check_layer(const at::Tensor& input, const Optional& hx, at::TensorList we
                   const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
                   bool has_biases) {
   Layer layer{};
-  layer.activation = parse_mode(mode);
+  layer.cell = parse_mode(mode);
   check_dense(input, hx, weights);
   check_weights(weights, has_biases, &layer.D);
   layer.H = weights[0].size(0);

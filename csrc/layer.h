@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast {
 
@@ -47,11 +47,11 @@ struct Layer {
   int64_t D;    // directions, 1 or 2
   bool tokens;  // input holds int64 ids standing for one-hot rows
   bool packed;  // batch_sizes is given
-  Activation activation;
+  Cell cell;
 };
 
 // "RNN_TANH", "RNN_RELU" or "RNN_SIGMOID"; anything else is a ValueError.
-Activation parse_mode(std::string_view mode);
+Cell parse_mode(std::string_view mode);
 
 // Checks the arguments of rnn_layer against each other and returns the sizes. Throws what nn.RNN
 // throws: ValueError for dtypes, RuntimeError for shapes. Reads the values of batch_sizes and

@@ -27,7 +27,7 @@ Plan cheapest_plan(const Layer& layer, int threads, double passes) {
   constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
   constexpr double kForeignCycles = 5;       // a number of delta or y that another core wrote
   constexpr double kStartCycles = 20000;     // waking the threads
-  const int parts = gradient_parts(layer.B, layer.N, layer.H);
+  const int parts = gradient_parts(layer.cell, layer.B, layer.N, layer.H);
   const auto recurrence = [&](double rows) { return step_cycles(layer, rows); };
   const double products = static_cast<double>(layer.N) * layer.H / kLanes *
                           (layer.I + (passes > 1 ? layer.I + layer.H : 0));

@@ -7,9 +7,9 @@ import torch
 
 import charrnn_fast
 
-# Stated in csrc/activations-inl.h.
+# Stated in csrc/kernels/activations-inl.h.
 BOUND_ULP = 2.5
-# Of float32's tanh where it has a table, stated in csrc/avx512-inl.h.
+# Of float32's tanh where it has a table, stated in csrc/kernels/avx512-inl.h.
 TABLE_BOUND_ULP = 1.5
 
 EXACT = {"RNN_TANH": torch.tanh, "RNN_SIGMOID": torch.sigmoid, "RNN_RELU": torch.relu}

@@ -39,7 +39,7 @@ def run(*command: str) -> str:
 def built_objects() -> list[Path]:
     """Every object of the extension, the bindings' too."""
     isa_objects = [Path(path) for path in objects()]
-    build = next(path for path in isa_objects if path.name == "dispatch.o").parents[1]
+    build = next(path for path in isa_objects if path.name == "dispatch.o").parents[2]
     return [*isa_objects, *(path for path in build.glob("csrc/*.o") if path not in isa_objects)]
 
 

@@ -18,8 +18,8 @@ def objects() -> list[str]:
     """The object files that the extension in this source tree was linked from."""
     found = []
     for folder in (ROOT / "build").glob(f"{sysconfig.get_platform()}*-torch-{torch.__version__}"):
-        found += sorted(str(path) for path in folder.glob("isa_*/csrc/isa_*.o"))
-        found += [str(path) for path in folder.glob("csrc/dispatch.o")]
+        found += sorted(str(path) for path in folder.glob("isa_*/csrc/kernels/isa_*.o"))
+        found += [str(path) for path in folder.glob("csrc/kernels/dispatch.o")]
     return found
 
 

@@ -1,6 +1,6 @@
-"""Computes csrc/tanh-table-inl.h: the polynomials of the AVX-512 kernels' float32 tanh.
+"""Computes csrc/kernels/tanh-table-inl.h: the polynomials of the AVX-512 kernels' float32 tanh.
 
-    python tools/tanh_table.py > csrc/tanh-table-inl.h
+    python tools/tanh_table.py > csrc/kernels/tanh-table-inl.h
 
 The range of |x| is cut into 32 pieces, by the three topmost bits of the mantissa of |x| + OFFSET.
 In each of them tanh|x| = c0 + c1 t + ... + c4 t^4 with t = |x| - center. The center is a float

@@ -31,7 +31,7 @@ echo '# pulled' >>charrnn_fast/rnn.py && git commit -qam 'Python'
 make build >"$work/log" 2>&1
 ((SECONDS < 10)) || fail "make build after a change to Python took $SECONDS s"
 say "make build after a pull that changed Python"
-echo '// pulled' >>csrc/dispatch.cpp && git commit -qam 'C++'
+echo '// pulled' >>csrc/kernels/dispatch.cpp && git commit -qam 'C++'
 make build >"$work/log" 2>&1
 works "$PWD/.venv/bin/python"
 say "make build after a pull that changed C++"

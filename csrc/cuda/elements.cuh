@@ -25,16 +25,16 @@ __device__ inline void store(void* base, int64_t i, Dtype dtype, float value) {
   }
 }
 
-__device__ inline float activate(Activation activation, float x) {
-  if (activation == Activation::kTanh) return tanhf(x);
-  if (activation == Activation::kSigmoid) return 1.0f / (1.0f + expf(-x));
+__device__ inline float activate(Cell cell, float x) {
+  if (cell == Cell::kTanh) return tanhf(x);
+  if (cell == Cell::kSigmoid) return 1.0f / (1.0f + expf(-x));
   return x < 0.0f ? 0.0f : x;  // this way round a NaN stays
 }
 
 // g * act'(sum inside act), from y = act(that sum).
-__device__ inline float activate_backward(Activation activation, float g, float y) {
-  if (activation == Activation::kTanh) return g * (1.0f - y * y);
-  if (activation == Activation::kSigmoid) return g * (y * (1.0f - y));
+__device__ inline float activate_backward(Cell cell, float g, float y) {
+  if (cell == Cell::kTanh) return g * (1.0f - y * y);
+  if (cell == Cell::kSigmoid) return g * (y * (1.0f - y));
   return y <= 0.0f ? 0.0f : g;
 }
 

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(const StepArgs args) {
   const int64_t b = i / args.H, j = i % args.H, at = b * args.ld + j;
   float h = 0.0f;
   if (runs(args, args.t, b)) {
-    h = activate(args.activation, load(args.y, at, args.dtype));
+    h = activate(args.cell, load(args.y, at, args.dtype));
     store(args.state, i, args.dtype, h);
   }
   store(args.y, at, args.dtype, h);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) step_backward(const StepArgs args) {
       g = load(args.initial, i, args.dtype);
     }
     if (args.in != nullptr) g += load(args.in, at, args.dtype);
-    delta = activate_backward(args.activation, g, load(args.y, at, args.dtype));
+    delta = activate_backward(args.cell, g, load(args.y, at, args.dtype));
   } else if (ran && args.final != nullptr) {
     store(args.final, i, args.dtype, load(args.product, i, args.dtype));
   }

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) generate(const __grid_constant__ Gen
           if (args.bias != nullptr) sum += args.bias[at];
           sum += dot(args.W_ih + at * H, to + (layer - 1) * H, H, lane);
         }
-        if (lane == 0) to[layer * H + j] = activate(args.activation, sum);
+        if (lane == 0) to[layer * H + j] = activate(args.cell, sum);
       }
       block_barrier();  // the layer above reads it
     }

@@ -58,7 +58,7 @@ Pair generate(const Tensor& tokens_, const Optional& state_, at::TensorList para
       .H = sizes.H,
       .V = sizes.V,
       .layers = static_cast<int32_t>(sizes.layers),
-      .activation = sizes.activation,
+      .cell = sizes.cell,
       .table = data(table),
       .W_ih = data(W_ih),
       .bias = data(bias),

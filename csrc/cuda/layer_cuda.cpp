@@ -111,7 +111,7 @@ RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, at::TensorL
   args.H = layer.H;
   args.D = static_cast<int32_t>(layer.D);
   args.dtype = dtype_of(y);
-  args.activation = layer.activation;
+  args.cell = layer.cell;
   args.step_row =
       rows.device_step_row.defined() ? rows.device_step_row.const_data_ptr<int64_t>() : nullptr;
   args.lengths = rows.lengths_or_null();
@@ -133,7 +133,7 @@ StepArgs step_args(const Layer& layer, const Rows& rows, const Tensor& y) {
   args.B = layer.B;
   args.H = layer.H;
   args.dtype = dtype_of(y);
-  args.activation = layer.activation;
+  args.cell = layer.cell;
   args.lengths = rows.lengths_or_null();
   args.ld = layer.D * layer.H;
   return args;

@@ -234,9 +234,9 @@ struct Lane {
       if (inputs.starts) {
         product = args.initial != nullptr ? load(args.initial, state_at(b, f), args.dtype) : 0.0f;
       }
-      value = activate_backward(args.activation, inputs.in[f] + product, inputs.y[f]);
+      value = activate_backward(args.cell, inputs.in[f] + product, inputs.y[f]);
     } else {
-      value = activate(args.activation, inputs.in[f] + product);
+      value = activate(args.cell, inputs.in[f] + product);
     }
     store(args.out, inputs.at + output(f), args.dtype, value);
     return value;

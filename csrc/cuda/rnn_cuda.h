@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../rnn.h"
+#include "../kernels/rnn.h"
 
 namespace charrnn_fast::cuda {
 
@@ -106,7 +106,7 @@ struct RecurrenceArgs {
   int32_t D;
   int32_t first_direction;  // of this launch; set by the launcher
   Dtype dtype;              // of all void pointers
-  Activation activation;
+  Cell cell;
   const int64_t* step_row;  // [T] row of the first sequence at each step (packed); null: t*B
   const int64_t* lengths;   // [B] steps of each sequence, 1..T; null: all T
   const void* W_hh[2];      // [H, H] of each direction
@@ -126,7 +126,7 @@ struct StepArgs {
   int64_t t, before;  // this step and the one run before it; outside [0, T): none
   int64_t T, B, H;
   Dtype dtype;
-  Activation activation;
+  Cell cell;
   const int64_t* lengths;  // [B] or null
   int64_t rows;            // sequences that have a row at step t; the first ones
   int64_t ld;              // of the rows of y, in and delta
@@ -168,7 +168,7 @@ struct SegmentSumArgs {
 struct GenerateArgs {
   int64_t S, N, H, V;
   int32_t layers;
-  Activation activation;
+  Cell cell;
   const float* table;  // [V, H] rows of W_ih' + b_ih + b_hh of the first layer
   const float* W_ih;   // [layers - 1, H, H] of the layers above it
   const float* bias;   // [layers - 1, H] b_ih + b_hh of those; null: zeros

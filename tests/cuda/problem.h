@@ -11,7 +11,7 @@ namespace charrnn_fast::cuda {
 struct Case {
   int64_t T, B, H, D;
   Dtype dtype;
-  Activation activation;
+  Cell cell;
   enum Layout { kFull, kRagged, kPacked } layout;
   bool initial;
 };
@@ -23,19 +23,19 @@ inline const char* const kDesigns[] = {"block", "grid", "step"};
 inline std::string describe(const Case& c) {
   return "T=" + std::to_string(c.T) + " B=" + std::to_string(c.B) + " H=" + std::to_string(c.H) +
          " D=" + std::to_string(c.D) + " " + kDtypes[static_cast<int>(c.dtype)] + " " +
-         kActivations[static_cast<int>(c.activation)] + " " + kLayouts[c.layout] +
+         kActivations[static_cast<int>(c.cell)] + " " + kLayouts[c.layout] +
          (c.initial ? "" : " without initial state");
 }
 
-inline double act(Activation activation, double x) {
-  if (activation == Activation::kTanh) return std::tanh(x);
-  if (activation == Activation::kSigmoid) return 1 / (1 + std::exp(-x));
+inline double act(Cell cell, double x) {
+  if (cell == Cell::kTanh) return std::tanh(x);
+  if (cell == Cell::kSigmoid) return 1 / (1 + std::exp(-x));
   return x < 0 ? 0 : x;
 }
 
-inline double slope(Activation activation, double y) {
-  if (activation == Activation::kTanh) return 1 - y * y;
-  if (activation == Activation::kSigmoid) return y * (1 - y);
+inline double slope(Cell cell, double y) {
+  if (cell == Cell::kTanh) return 1 - y * y;
+  if (cell == Cell::kSigmoid) return y * (1 - y);
   return y <= 0 ? 0 : 1;
 }
 
@@ -109,7 +109,7 @@ struct Problem {
       for (int64_t j = 0; j < c.H; ++j) {
         double sum = z.get(at(t, b, d, j));
         for (int64_t k = 0; k < c.H; ++k) sum += weights[j * c.H + k] * h[k];
-        next[j] = act(c.activation, sum);
+        next[j] = act(c.cell, sum);
         y_expected[at(t, b, d, j)] = next[j];
       }
       h = next;
@@ -124,7 +124,7 @@ struct Problem {
       const int64_t t = d == 1 ? i : lengths[b] - 1 - i;
       for (int64_t j = 0; j < c.H; ++j) {
         const int64_t a = at(t, b, d, j);
-        delta[j] = (dy.get(a) + dh[j]) * slope(c.activation, y.get(a));
+        delta[j] = (dy.get(a) + dh[j]) * slope(c.cell, y.get(a));
         delta_expected[a] = delta[j];
       }
       for (int64_t k = 0; k < c.H; ++k) {
@@ -163,7 +163,7 @@ inline void run(const Problem& problem_, const Plan& plan, bool backward,
   args.H = c.H;
   args.D = static_cast<int32_t>(c.D);
   args.dtype = c.dtype;
-  args.activation = c.activation;
+  args.cell = c.cell;
   args.step_row = c.layout == Case::kPacked ? problem.step_row.data() : nullptr;
   args.lengths = c.layout == Case::kFull ? nullptr : problem.lengths.data();
   for (int64_t d = 0; d < c.D; ++d) args.W_hh[d] = problem.W[d].data();

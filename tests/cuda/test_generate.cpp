@@ -57,7 +57,7 @@ int64_t draw(const std::vector<double>& scores, const How& how, double u, bool* 
 // A model, what is drawn from it, and a check of that.
 class Model {
  public:
-  Model(int64_t layers, int64_t H, int64_t V, Activation activation, bool biases, unsigned seed)
+  Model(int64_t layers, int64_t H, int64_t V, Cell cell, bool biases, unsigned seed)
       : layers_(layers), H_(H), V_(V), random_(seed) {
     table_ = fill(V * H, 1);
     W_ih_ = fill((layers - 1) * H * H, 1 / std::sqrt(H));
@@ -77,7 +77,7 @@ class Model {
     args_.H = H;
     args_.V = V;
     args_.layers = static_cast<int32_t>(layers);
-    args_.activation = activation;
+    args_.cell = cell;
     args_.table = floats(table_);
     args_.W_ih = layers > 1 ? floats(W_ih_) : nullptr;
     args_.bias = layers > 1 && biases ? floats(bias_) : nullptr;
@@ -120,8 +120,8 @@ class Model {
   static float* floats(Memory& memory) { return static_cast<float*>(memory.data()); }
 
   double act(double x) const {
-    if (args_.activation == Activation::kTanh) return std::tanh(x);
-    if (args_.activation == Activation::kSigmoid) return 1 / (1 + std::exp(-x));
+    if (args_.cell == Cell::kTanh) return std::tanh(x);
+    if (args_.cell == Cell::kSigmoid) return 1 / (1 + std::exp(-x));
     return x < 0 ? 0 : x;
   }
 
@@ -250,7 +250,7 @@ void generate_parity(bool quick) {
       for (int64_t layers = 1; layers <= 3; ++layers) {
         ++number;
         if (quick && number % 5 != 0) continue;
-        Model model(layers, H, V, static_cast<Activation>(number % 3), number % 4 != 0, number);
+        Model model(layers, H, V, static_cast<Cell>(number % 3), number % 4 != 0, number);
         for (const How& how : hows) {
           in_every_order([&] { model.run(how); }, true);
         }
@@ -262,7 +262,7 @@ void generate_parity(bool quick) {
 }
 
 void generate_once() {
-  Model model(2, 40, 300, Activation::kTanh, true, 5);
+  Model model(2, 40, 300, Cell::kTanh, true, 5);
   model.run({0.0f, 0, 1.0f});
   model.run({1.0f, 60, 0.9f});
 }

@@ -82,8 +82,8 @@ void every_site(const char* name, const std::function<void()>& body) {
 }
 
 void faults() {
-  const Case small{6, 5, 60, 2, Dtype::kFloat32, Activation::kTanh, Case::kRagged, true};
-  const Case middle{5, 20, 260, 2, Dtype::kFloat32, Activation::kTanh, Case::kFull, true};
+  const Case small{6, 5, 60, 2, Dtype::kFloat32, Cell::kTanh, Case::kRagged, true};
+  const Case middle{5, 20, 260, 2, Dtype::kFloat32, Cell::kTanh, Case::kFull, true};
   const Problem block_problem(small, 5), grid_problem(middle, 6);
   const Plan block = plan_for(Design::kBlock, 1, small, 3);
   const Plan grid = plan_for(Design::kGrid, 0, middle, 20);
@@ -104,7 +104,7 @@ void faults() {
   emulator::settings.skip_grid_barrier = false;
 #if !defined(__SANITIZE_ADDRESS__)
   // Shared memory four bytes short: the last thread's weights are stored beyond its end.
-  const Case spilling{2, 1, 256, 1, Dtype::kFloat32, Activation::kTanh, Case::kFull, true};
+  const Case spilling{2, 1, 256, 1, Dtype::kFloat32, Cell::kTanh, Case::kFull, true};
   const Problem spilling_problem(spilling, 7);
   emulator::settings.shared_missing = 4;
   expect("a store past shared memory", caught([&] {
@@ -113,7 +113,7 @@ void faults() {
   emulator::settings.shared_missing = 0;
   // One sequence too many: rows beyond the end of y and h_n, inside the guards.
   expect("a store past the end of y", caught([&] {
-           Case more{1, 2, 8, 1, Dtype::kFloat32, Activation::kTanh, Case::kFull, false};
+           Case more{1, 2, 8, 1, Dtype::kFloat32, Cell::kTanh, Case::kFull, false};
            Problem problem(more, 8);
            problem.c.H = 8;
            Memory out(1 * 1 * 8, Dtype::kFloat32), final(8, Dtype::kFloat32);
@@ -154,12 +154,12 @@ void faults() {
 
 void races() {
   for (int layout = 0; layout < 3; ++layout) {
-    const Case small{
-        4, 3, 60, 2, Dtype::kFloat32, Activation::kTanh, static_cast<Case::Layout>(layout), true};
+    const Case small{4,   3, 60, 2, Dtype::kFloat32, Cell::kTanh, static_cast<Case::Layout>(layout),
+                     true};
     const Case spilling{
-        2, 2, 250, 1, Dtype::kBFloat16, Activation::kRelu, static_cast<Case::Layout>(layout), true};
+        2, 2, 250, 1, Dtype::kBFloat16, Cell::kRelu, static_cast<Case::Layout>(layout), true};
     const Case middle{
-        3, 9, 200, 2, Dtype::kFloat32, Activation::kTanh, static_cast<Case::Layout>(layout), true};
+        3, 9, 200, 2, Dtype::kFloat32, Cell::kTanh, static_cast<Case::Layout>(layout), true};
     const Problem a(small, 5), b(spilling, 6), c(middle, 7);
     for (bool backward : {false, true}) {
       in_every_order(
@@ -190,7 +190,7 @@ int run_tests(int argc, char** argv) {
   }
   if (what == "races") races();
   if (what == "race") {
-    const Case small{3, 2, 60, 1, Dtype::kFloat32, Activation::kTanh, Case::kFull, true};
+    const Case small{3, 2, 60, 1, Dtype::kFloat32, Cell::kTanh, Case::kFull, true};
     const Problem problem(small, 5);
     emulator::settings.sites.clear();
     run(problem, plan_for(Design::kBlock, 1, small, 2), false, "race");

@@ -23,7 +23,7 @@ void parity_of(Design design, int tile, int64_t H, bool packed, bool quick) {
       c.H = H;
       c.D = 1 + number % 2;
       c.dtype = dtype;
-      c.activation = static_cast<Activation>(number % 3);
+      c.cell = static_cast<Cell>(number % 3);
       c.layout = static_cast<Case::Layout>(layout);
       c.initial = number % 5 != 0;
       const int rows = std::min<int>(static_cast<int>(c.B), 1 + static_cast<int>(number / 2 % 10));
@@ -85,7 +85,7 @@ void step_parity() {
                      H,
                      1,
                      static_cast<Dtype>(d),
-                     static_cast<Activation>(number % 3),
+                     static_cast<Cell>(number % 3),
                      static_cast<Case::Layout>(layout),
                      number % 4 != 0};
         Problem p(c, number);
@@ -95,7 +95,7 @@ void step_parity() {
           a.B = c.B;
           a.H = H;
           a.dtype = c.dtype;
-          a.activation = c.activation;
+          a.cell = c.cell;
           a.lengths = c.layout == Case::kFull ? nullptr : p.lengths.data();
           a.ld = H;
           Memory out = backward ? Memory(p.N * H, c.dtype) : p.z;

@@ -24,7 +24,7 @@ def build(output: Path, flags: list[str]) -> None:
     from setup import CXX_FLAGS, isa_sources
 
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    sources = {"csrc/dispatch.cpp": [], str(DRIVER): [], **isa_sources()}
+    sources = {"csrc/kernels/dispatch.cpp": [], str(DRIVER): [], **isa_sources()}
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(item: tuple[str, list[str]]) -> str:

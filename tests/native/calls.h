@@ -8,8 +8,8 @@
 #include "buffers.h"
 #include "case.h"
 #include "dtypes.h"
+#include "kernels/rnn.h"
 #include "problem.h"
-#include "rnn.h"
 #include "running.h"
 
 namespace charrnn_fast::native {
@@ -30,7 +30,7 @@ void describe(const Problem<scalar>& p, Split split, Args* args) {
   args->seq = p.sequences();
   args->I = p.I;
   args->H = p.H;
-  args->activation = p.activation;
+  args->cell = p.cell;
   args->reverse = p.reverse;
   args->split = split;
   args->x = pointer(p.x);
@@ -96,7 +96,7 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
   args.dh0 = pointer(out.dh0);
   args.dW_ih = pointer(out.dW_ih);
   args.dW_hh = pointer(out.dW_hh);
-  args.db = pointer(out.db);
+  args.db_ih = pointer(out.db);
   Guarded workspace(kernels.backward_workspace(args, team), coin(), 64);
   args.workspace = workspace.data;
   run_team(team, [&](const Team& member) { kernels.backward(args, member); });

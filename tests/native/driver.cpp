@@ -17,9 +17,9 @@
 #include "buffers.h"
 #include "case.h"
 #include "generate_case.h"
+#include "kernels/rnn.h"
 #include "layer_case.h"
 #include "linear_case.h"
-#include "rnn.h"
 
 namespace charrnn_fast::native {
 namespace {

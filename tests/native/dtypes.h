@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast::native {
 

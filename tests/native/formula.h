@@ -11,27 +11,27 @@
 #include "calls.h"
 #include "comparison.h"
 #include "dtypes.h"
+#include "kernels/rnn.h"
 #include "problem.h"
-#include "rnn.h"
 
 namespace charrnn_fast::native {
 
-inline double apply(Activation activation, double a) {
-  switch (activation) {
-    case Activation::kTanh:
+inline double apply(Cell cell, double a) {
+  switch (cell) {
+    case Cell::kTanh:
       return std::tanh(a);
-    case Activation::kRelu:
+    case Cell::kRelu:
       return a > 0 ? a : 0;
     default:
       return 1 / (1 + std::exp(-a));
   }
 }
 
-inline double slope(Activation activation, double y) {
-  switch (activation) {
-    case Activation::kTanh:
+inline double slope(Cell cell, double y) {
+  switch (cell) {
+    case Cell::kTanh:
       return 1 - y * y;
-    case Activation::kRelu:
+    case Cell::kRelu:
       return y > 0 ? 1 : 0;
     default:
       return y * (1 - y);
@@ -56,7 +56,7 @@ void check_forward(Problem<scalar>& p, Forward<scalar>& out) {
         for (int64_t i = 0; p.x && i < p.I; ++i)
           a += number(p.x->at(row, i)) * number(p.W_ih->at(j, i));
         for (int64_t i = 0; i < p.H; ++i) a += previous[i] * number(p.W_hh->at(j, i));
-        sum[j] = apply(p.activation, a);
+        sum[j] = apply(p.cell, a);
       }
       previous = sum;
       std::copy(sum.begin(), sum.end(), y.begin() + row * p.H);
@@ -78,8 +78,8 @@ void check_backward(Problem<scalar>& p, Array<scalar>& y, Backward<scalar>& out)
       const int64_t row = p.row(step(p.reverse, length, k), slot);
       const int64_t before = k > 0 ? p.row(step(p.reverse, length, k - 1), slot) : -1;
       for (int64_t j = 0; j < p.H; ++j)
-        delta[j] = (dh[j] + (p.dy ? number(p.dy->at(row, j)) : 0)) *
-                   slope(p.activation, number(y.at(row, j)));
+        delta[j] =
+            (dh[j] + (p.dy ? number(p.dy->at(row, j)) : 0)) * slope(p.cell, number(y.at(row, j)));
       std::fill(dh.begin(), dh.end(), 0.0);
       for (int64_t i = 0; i < p.I; ++i) dx[row * p.I + i] = 0;
       for (int64_t j = 0; j < p.H; ++j) {

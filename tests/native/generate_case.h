@@ -17,7 +17,7 @@
 #include "case.h"
 #include "comparison.h"
 #include "formula.h"
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast::native {
 
@@ -87,7 +87,7 @@ void run_generate_case(const Kernels<scalar>& kernels) {
   args.H = H;
   args.layers = layers;
   args.ld = S;
-  args.activation = static_cast<Activation>(below(3));
+  args.cell = static_cast<Cell>(below(3));
   args.W_ih = weights[0].data();
   args.W_hh = weights[1].data();
   args.b_ih = biases ? weights[2].data() : nullptr;
@@ -144,7 +144,7 @@ void run_generate_case(const Kernels<scalar>& kernels) {
             sum[j] += static_cast<double>(h[k]) * args.W_hh[l][j * H + k];
         }
         for (int64_t j = 0; j < H; ++j) {
-          x[j] = apply(args.activation, sum[j]);
+          x[j] = apply(args.cell, sum[j]);
           h[j] = static_cast<scalar>(x[j]);
         }
       }

@@ -13,8 +13,8 @@
 #include "comparison.h"
 #include "dtypes.h"
 #include "formula.h"
+#include "kernels/rnn.h"
 #include "problem.h"
-#include "rnn.h"
 
 namespace charrnn_fast::native {
 
@@ -27,7 +27,7 @@ void check_alone(const Kernels<scalar>& kernels, Problem<scalar>& p, Forward<sca
   one.B = 1;
   one.I = p.I;
   one.H = p.H;
-  one.activation = p.activation;
+  one.cell = p.cell;
   one.reverse = p.reverse;
   one.lengths.assign(1, one.T);
   one.order.assign(1, 0);
@@ -63,12 +63,12 @@ void run_layer_case(const Kernels<scalar>& kernels) {
   const int wanted = below(2) ? 31 : static_cast<int>(below(32));
   char text[300];
   std::snprintf(text, sizeof text,
-                "%s, %s: T=%ld B=%ld N=%ld I=%ld H=%ld activation=%d reverse=%d ragged=%d ids=%d "
+                "%s, %s: T=%ld B=%ld N=%ld I=%ld H=%ld cell=%d reverse=%d ragged=%d ids=%d "
                 "bias=%d h0=%d dy=%d dh_n=%d wanted=%d",
                 current.c_str(), kName<scalar>, static_cast<long>(p.T), static_cast<long>(p.B),
                 static_cast<long>(p.N), static_cast<long>(p.I), static_cast<long>(p.H),
-                static_cast<int>(p.activation), p.reverse, p.ragged, p.ids != nullptr,
-                p.b_ih != nullptr, p.h0 != nullptr, p.dy != nullptr, p.dh_n != nullptr, wanted);
+                static_cast<int>(p.cell), p.reverse, p.ragged, p.ids != nullptr, p.b_ih != nullptr,
+                p.h0 != nullptr, p.dy != nullptr, p.dh_n != nullptr, wanted);
   current = text;
   Forward<scalar> y = forward(kernels, p, Split::kBatch, 1);
   check_forward(p, y);

@@ -9,7 +9,7 @@
 #include "case.h"
 #include "comparison.h"
 #include "dtypes.h"
-#include "rnn.h"
+#include "kernels/rnn.h"
 #include "running.h"
 
 namespace charrnn_fast::native {

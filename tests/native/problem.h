@@ -10,14 +10,14 @@
 
 #include "buffers.h"
 #include "case.h"
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast::native {
 
 template <typename scalar>
 struct Problem {
   int64_t T, B, N, I, H;
-  Activation activation;
+  Cell cell;
   bool reverse, ragged;
   std::vector<int64_t> lengths, order;  // of each slot: steps, row within a step
   std::vector<int64_t> step_row;
@@ -29,7 +29,15 @@ struct Problem {
     return (step_row.empty() ? t * B : step_row[t]) + order[slot];
   }
   Sequences sequences() const {
-    return {T, B, N, pointer(step_row_array), pointer(lengths_array), pointer(order_array)};
+    return {T,
+            B,
+            N,
+            B,
+            pointer(step_row_array),
+            pointer(lengths_array),
+            pointer(order_array),
+            nullptr,
+            nullptr};
   }
 };
 
@@ -59,7 +67,7 @@ template <typename scalar>
 Problem<scalar> random_problem(const Sizes& sizes, bool ids) {
   Problem<scalar> p;
   p.T = sizes.T, p.B = sizes.B, p.I = sizes.I, p.H = sizes.H;
-  p.activation = static_cast<Activation>(below(3));
+  p.cell = static_cast<Cell>(below(3));
   p.reverse = coin();
   p.lengths.assign(p.B, p.T);
   p.order.resize(p.B);

@@ -12,7 +12,7 @@
 #endif
 
 #include "case.h"
-#include "rnn.h"
+#include "kernels/rnn.h"
 
 namespace charrnn_fast::native {
 

@@ -5,7 +5,7 @@
 // count elements, and all indices are 64 bits wide.
 //
 // Letters: T steps, B sequences, N rows (one row is one step of one sequence), I inputs, H hidden
-// units.
+// units, G gates.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,25 @@
 
 namespace charrnn_fast {
 
-enum class Activation : int32_t { kTanh = 0, kRelu = 1, kSigmoid = 2 };
+// What a hidden unit computes in a step. The first three are Elman's, by their activation.
+enum class Cell : int32_t { kTanh = 0, kRelu = 1, kSigmoid = 2, kLstm = 3, kGru = 4 };
+
+// A hidden unit has `sums` sums a step. x W_ih' + b_ih is added to the first `gates` of them, and
+// h W_hh' + b_hh to the last `gates`. W_hh has its rows in the order of those sums, gate by gate;
+// so has W_ih, but for a GRU, whose sums are n_x r z n_h: the rows of W_ih are r z n, as torch has
+// them, and belong to the sums 1, 2 and 0.
+struct CellSizes {
+  int gates;
+  int sums;
+  int saved;       // numbers a unit keeps for backward, beside y
+  bool has_state;  // carries c from step to step, beside h
+  bool reads_h0;   // in backward, also where no gradient of W_hh is wanted
+};
+constexpr CellSizes sizes_of(Cell cell) {
+  if (cell == Cell::kLstm) return {4, 4, 5, true, false};
+  if (cell == Cell::kGru) return {3, 4, 4, false, true};
+  return {1, 1, 0, false, false};
+}
 
 // As far as a core's prefetching reaches: what a core writes begins a page of its own.
 constexpr size_t kPage = 4096;
@@ -25,14 +43,19 @@ struct bfloat16 {
 
 // Where the rows of each step lie. "Slot" is the place of a sequence in order of falling length; at
 // step t the sequences still running are the slots 0 .. n_t-1, and slot i has row
-// step_row[t] + slot_row[i]. Plain padded batches leave all three pointers null: row t*B + i.
+// step_row[t] + slot_row[i]. Plain padded batches leave all pointers null: row t*step_rows + i.
 struct Sequences {
   int64_t T;                // steps of the longest sequence, >= 1
   int64_t B;                // sequences, >= 1
   int64_t N;                // rows of x, y, dy and dx
-  const int64_t* step_row;  // [T] row of the first sequence at each step; null: t*B
+  int64_t step_rows;        // rows from one step to the next, where step_row is null
+  const int64_t* step_row;  // [T] row of the first sequence at each step; null: t*step_rows
   const int64_t* lengths;   // [B] steps of the sequence in slot i, falling, 1..T; null: all T
-  const int64_t* slot_row;  // [B] row of slot i within a step, and in h0, h_n, dh_n, dh0; null: i
+  const int64_t* slot_row;  // [B] row of slot i within a step; null: i
+  // Row of slot i in h0, c0, dh0 and dc0; negative: it starts from zeros. Null: as slot_row.
+  const int64_t* start_row;
+  // Row of slot i in h_n, c_n, dh_n and dc_n; negative: nobody wants its state. Null: as slot_row.
+  const int64_t* end_row;
 };
 
 // The threads that work on one call. Every member calls the same kernel with the same arguments and
@@ -51,26 +74,32 @@ enum class Split : int32_t {
   kHidden = 1,  // each member owns a range of hidden units; one barrier a step
 };
 
-// One direction of one layer, forward:  y_t = act(x_t W_ih' + b_ih + b_hh + y_{t-1} W_hh').
-// Rows of y outside every sequence are left alone.
+// One direction of one layer, forward. Elman:  y_t = act(x_t W_ih' + b_ih + b_hh + y_{t-1} W_hh').
+// The formulas of all cells are in cells-inl.h. Rows of y, cells and saved outside every sequence
+// are left alone.
 template <typename scalar>
 struct ForwardArgs {
   Sequences seq;
   int64_t I, H;
-  Activation activation;
+  Cell cell;
   bool reverse;  // run each sequence from its last step to its first
   Split split;
   const scalar* x;  // [N, I], rows ldx apart; null when ids is given
   int64_t ldx;
   const int64_t* ids;  // [N] values in [0, I), standing for one-hot rows of x; or null
-  const scalar* W_ih;  // [H, I]
-  const scalar* W_hh;  // [H, H]
-  const scalar* b_ih;  // [H] or null
-  const scalar* b_hh;  // [H] or null
-  const scalar* h0;    // [B, H] or null: zeros
+  const scalar* W_ih;  // [G*H, I]
+  const scalar* W_hh;  // [G*H, H]
+  const scalar* b_ih;  // [G*H] or null
+  const scalar* b_hh;  // [G*H] or null
+  const scalar* h0;    // [., H] or null: zeros
+  const scalar* c0;    // [., H] or null: zeros; of cells that have one
   scalar* y;           // [N, H], rows ldy apart; aliases nothing
   int64_t ldy;
-  scalar* h_n;      // [B, H]; aliases nothing
+  scalar* h_n;    // [., H]; aliases nothing
+  scalar* c_n;    // [., H], of cells that have one, else null; aliases nothing
+  scalar* cells;  // [N, H], rows ldcells apart: c of every step; or null; aliases nothing
+  int64_t ldcells;
+  scalar* saved;    // [N, saved*H], for backward, in a layout of its own; or null; aliases nothing
   void* workspace;  // forward_workspace(args, team size) bytes, 64-byte aligned
 };
 
@@ -78,38 +107,46 @@ struct ForwardArgs {
 // parts, each summed on its own, and the sums are added: as many threads then need not read each
 // other's rows. Large sums would leave the cache for that. The shape alone decides, so that the
 // bits do not depend on the threads.
-inline int gradient_parts(int64_t B, int64_t N, int64_t H) {
-  return B >= 4 && N >= 256 && H <= 256 ? 2 : 1;
+inline int gradient_parts(Cell cell, int64_t B, int64_t N, int64_t H) {
+  return B >= 4 && N >= 256 && sizes_of(cell).gates * H * H <= 256 * 256 ? 2 : 1;
 }
 
-// The same, backward. With delta_t the gradient of the sum inside act at step t:
-//   delta_t = (dy_t + delta_{t+1} W_hh) * act'(y_t)      dx = delta W_ih      dh0 = delta_first
-//   W_hh dW_ih = delta' x      dW_hh = delta' y_prev      db = sum of delta over rows
-// Every output may be null, and is then not computed.
+// The same, backward. With delta_t the gradients of a unit's sums at step t, of which delta_x are
+// the first G and delta_h the last G:
+//   dx = delta_x W_ih      dh_{t-1} = delta_h W_hh (+ dh_t z of a GRU)      db_ih = sum of delta_x
+//   dW_ih = delta_x' x     dW_hh = delta_h' y_prev                          db_hh = sum of delta_h
+// Elman: delta_t = (dy_t + dh_t) * act'(y_t). Every output may be null, and is then not computed.
 template <typename scalar>
 struct BackwardArgs {
   Sequences seq;
   int64_t I, H;
-  Activation activation;
+  Cell cell;
   bool reverse;
   Split split;
   const scalar* x;  // as in ForwardArgs
   int64_t ldx;
   const int64_t* ids;
-  const scalar* W_ih;  // [H, I]
-  const scalar* W_hh;  // [H, H]
-  const scalar* h0;    // [B, H] or null: zeros
+  const scalar* W_ih;  // [G*H, I]
+  const scalar* W_hh;  // [G*H, H]
+  const scalar* h0;    // [., H] or null: zeros
+  const scalar* c0;    // [., H] or null: zeros
   const scalar* y;     // [N, H], rows ldy apart: the result of forward
   int64_t ldy;
-  const scalar* dy;  // [N, H], rows lddy apart; or null: zeros
+  const scalar* saved;  // [N, saved*H]: of forward on the same ISA; null where saved is 0
+  const scalar* dy;     // [N, H], rows lddy apart; or null: zeros
   int64_t lddy;
-  const scalar* dh_n;  // [B, H] or null: zeros
-  scalar* delta;       // [N, H] scratch, aliases nothing; its rows are in an order of its own
+  const scalar* dcells;  // [N, H], rows lddcells apart; or null: zeros
+  int64_t lddcells;
+  const scalar* dh_n;  // [., H] or null: zeros
+  const scalar* dc_n;  // [., H] or null: zeros
+  scalar* delta;       // [N, sums*H] scratch, aliases nothing; its rows are in an order of its own
   scalar* dx;          // [N, I]; rows outside every sequence are left alone
-  scalar* dh0;         // [B, H]
-  scalar* dW_ih;       // [H, I]
-  scalar* dW_hh;       // [H, H]
-  scalar* db;          // [H]: the gradient of b_ih and of b_hh
+  scalar* dh0;         // [., H]; rows of no slot are left alone
+  scalar* dc0;         // [., H]; rows of no slot are left alone
+  scalar* dW_ih;       // [G*H, I]
+  scalar* dW_hh;       // [G*H, H]
+  scalar* db_ih;       // [G*H]
+  scalar* db_hh;       // [G*H]
   void* workspace;     // backward_workspace(args, team size) bytes, 64-byte aligned
 };
 
@@ -132,11 +169,11 @@ struct GenerateArgs {
   int64_t N, S, V, H;  // characters to draw, streams, size of the vocabulary, hidden units
   int64_t layers;
   int64_t ld;
-  Activation activation;
-  const scalar* const* W_ih;  // [layers] of [H, V] for the first one, [H, H] for the others
-  const scalar* const* W_hh;  // [layers] of [H, H]
-  const scalar* const* b_ih;  // [layers] of [H], or null
-  const scalar* const* b_hh;  // [layers] of [H], or null
+  Cell cell;
+  const scalar* const* W_ih;  // [layers] of [G*H, V] for the first one, [G*H, H] for the others
+  const scalar* const* W_hh;  // [layers] of [G*H, H]
+  const scalar* const* b_ih;  // [layers] of [G*H], or null
+  const scalar* const* b_hh;  // [layers] of [G*H], or null
   const scalar* W_out;        // [V, H]
   const scalar* b_out;        // [V] or null
   double temperature;         // divides the scores; 0: always the best
@@ -145,6 +182,7 @@ struct GenerateArgs {
   const scalar* uniforms;     // [N, S] in [0, 1)
   const int64_t* tokens;      // [S] the characters to go on from, in [0, V)
   scalar* state;              // [layers, S, H]; read, and left as it was before the last character
+  scalar* cell_state;         // the same for c, of cells that have one; else null
   int64_t* drawn;             // [N, S]; aliases nothing
   bool (*stop)(
       void* state);  // asked every kStopProducts multiply-adds: true ends the call; or null

@@ -5,7 +5,7 @@ struct Range {
 };
 
 inline int64_t row_of(const Sequences& seq, int64_t t, int64_t slot) {
-  const int64_t first = seq.step_row != nullptr ? seq.step_row[t] : t * seq.B;
+  const int64_t first = seq.step_row != nullptr ? seq.step_row[t] : t * seq.step_rows;
   return first + (seq.slot_row != nullptr ? seq.slot_row[slot] : slot);
 }
 

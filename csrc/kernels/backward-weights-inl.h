@@ -100,7 +100,7 @@ void add_weights(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& 
     if (space.kSumsAreResults || !space.direct) {
       add(sums.dW_ih, sums.dW_hh, sums.db);
     } else {
-      add(args.dW_ih, args.dW_hh, args.db);
+      add(args.dW_ih, args.dW_hh, args.db_ih);
     }
     part.first = false;
   }
@@ -176,7 +176,7 @@ void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
   if (!space.direct) {
     combine(&WeightSums<Sum>::dW_ih, args.I, args.dW_ih);
     combine(&WeightSums<Sum>::dW_hh, args.H, args.dW_hh);
-    combine(&WeightSums<Sum>::db, 1, args.db);
+    combine(&WeightSums<Sum>::db, 1, args.db_ih);
   }
   if (space.sums[0].table != nullptr) store_tables(args, space, units);
 }

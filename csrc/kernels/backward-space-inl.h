@@ -60,7 +60,9 @@ struct BackwardSpace {
   size_t bytes;
 
   BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
-      : hidden(args.H), inputs(args.I), parts(gradient_parts(args.seq.B, args.seq.N, args.H)) {
+      : hidden(args.H),
+        inputs(args.I),
+        parts(gradient_parts(args.cell, args.seq.B, args.seq.N, args.H)) {
     const Sequences& seq = args.seq;
     const bool by_batch = args.split == Split::kBatch;
     groups = by_batch && team.size % parts == 0 ? parts : 1;
@@ -86,7 +88,7 @@ struct BackwardSpace {
         return result != nullptr ? arena.take<Sum>(direct ? 0 : n) : nullptr;
       };
       sums[part] = {take(dense ? args.dW_ih : nullptr, args.H * args.I),
-                    take(args.dW_hh, args.H * args.H), take(args.db, args.H),
+                    take(args.dW_hh, args.H * args.H), take(args.db_ih, args.H),
                     tokens ? arena.take<double>(args.I * args.H) : nullptr, nullptr};
       arena.next_page();
     }

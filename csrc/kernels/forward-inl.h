@@ -128,7 +128,7 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
 // Runs slots [slots.first, slots.last), at most kBlockSlots of them, through all steps, computing
 // the columns of some panels. Between steps it waits for the team when others compute the other
 // columns.
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range slots,
                    Range mine, const Team* others) {
   using Sum = SumOf<scalar>;
@@ -150,7 +150,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   const Sum* init[kBlockSlots];
   scalar* current[kBlockSlots];
   TileArgs<scalar, Sum> product = {.a = previous, .K = args.H, .init = init, .out = current};
-  product.a_step = product.out_step = (args.reverse ? -seq.B : seq.B) * args.ldy;
+  product.a_step = product.out_step = (args.reverse ? -seq.step_rows : seq.step_rows) * args.ldy;
   const int64_t rows_running = rows_of_running_tile(panels);
   // A table's rows are read where they are, but by a tile that runs step after step.
   const bool looks_up = args.ids != nullptr && !gathers_ids(args) && rows_running == 0;
@@ -199,12 +199,11 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<Finish::kActivate, activation>(product, active, panels, p, space.recurrent);
+      multiply_rows<Finish::kActivate, cell>(product, active, panels, p, space.recurrent);
     }
     backwards = !backwards;
     if (active < walk.running) {  // sequences that start from zeros
-      activate_rows<activation>(init + active, current + active, walk.running - active, first,
-                                last);
+      activate_rows<cell>(init + active, current + active, walk.running - active, first, last);
     }
     if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);
   }
@@ -215,10 +214,10 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   }
 }
 
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   const int64_t longer = slots_longer_than_one(args.seq);
-  if (longer < args.seq.B) forward_one_step<activation>(args, {longer, args.seq.B}, team);
+  if (longer < args.seq.B) forward_one_step<cell>(args, {longer, args.seq.B}, team);
   if (longer == 0) return;
   const ForwardSpace<scalar> space(args, team, args.workspace);
   pack_forward(args, space);
@@ -231,18 +230,18 @@ void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t n = slots.last - slots.first;
     const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
-    forward_block<activation>(args, space, block, panels, hidden ? &team : nullptr);
+    forward_block<cell>(args, space, block, panels, hidden ? &team : nullptr);
   }
 }
 
 template <typename scalar>
 void forward(const ForwardArgs<scalar>& args, const Team& team) {
-  switch (args.activation) {
-    case Activation::kTanh:
-      return forward_all<Activation::kTanh>(args, team);
-    case Activation::kRelu:
-      return forward_all<Activation::kRelu>(args, team);
-    case Activation::kSigmoid:
-      return forward_all<Activation::kSigmoid>(args, team);
+  switch (args.cell) {
+    case Cell::kTanh:
+      return forward_all<Cell::kTanh>(args, team);
+    case Cell::kRelu:
+      return forward_all<Cell::kRelu>(args, team);
+    case Cell::kSigmoid:
+      return forward_all<Cell::kSigmoid>(args, team);
   }
 }

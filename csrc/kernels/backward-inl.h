@@ -7,7 +7,7 @@ template <typename scalar>
 constexpr int64_t kBackwardRows = 2 * kOuterRows<scalar>;
 
 // delta of a sequence's last step, in a range of columns.
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scalar* delta,
                     int64_t first, int64_t last) {
   using Sum = SumOf<scalar>;
@@ -15,13 +15,13 @@ void backward_start(const scalar* dy, const scalar* dh_n, const scalar* y, scala
   for (int64_t j = first; j < last; j += L) {
     const int64_t n = last - j < L ? last - j : L;
     const Vec<Sum> g = load_lanes(dy + j, n) + load_lanes(dh_n + j, n);
-    store_lanes(delta + j, activate_backward<activation, Sum>(g, load_lanes(y + j, n)), n);
+    store_lanes(delta + j, activate_backward<cell, Sum>(g, load_lanes(y + j, n)), n);
   }
 }
 
 // delta of slots [slots.first, slots.last), at most kBlockSlots of them, at some steps, in the
 // columns of some panels.
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space,
                     Range steps, Range slots, Range mine, const Team* others) {
   const Panels<SumOf<scalar>>& panels = space.hidden;
@@ -38,8 +38,8 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
   TileArgs<scalar> product = {.a = next, .K = args.H, .init = init, .out = delta, .y = y};
   const int64_t direction = args.reverse ? 1 : -1;
   product.a_step = product.out_step = direction * space.delta.slots * args.H;
-  product.y_step = direction * seq.B * args.ldy;
-  product.init_step = args.dy != nullptr ? direction * seq.B * args.lddy : 0;
+  product.y_step = direction * seq.step_rows * args.ldy;
+  product.init_step = args.dy != nullptr ? direction * seq.step_rows * args.lddy : 0;
   const int64_t rows_running = rows_of_running_tile(panels);
   bool backwards = false;  // as in forward_block
   while (walk.next()) {
@@ -60,15 +60,14 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<scalar
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<Finish::kBackward, activation>(product, walk.continuing, panels, p,
-                                                   space.recurrent);
+      multiply_rows<Finish::kBackward, cell>(product, walk.continuing, panels, p, space.recurrent);
     }
     backwards = !backwards;
     for (int64_t i = walk.continuing; i < walk.running; ++i) {
       const scalar* from_state = args.dh_n != nullptr
                                      ? args.dh_n + state_row_of(seq, slots.first + i) * args.H
                                      : space.zeros;
-      backward_start<activation>(init[i], from_state, y[i], delta[i], first, last);
+      backward_start<cell>(init[i], from_state, y[i], delta[i], first, last);
     }
     if (others != nullptr) wait_for_rows(*others, delta, walk.running, args.H);
   }
@@ -145,7 +144,7 @@ void backward_thin(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>
   }
 }
 
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   const BackwardSpace<scalar> space(args, team, args.workspace);
   const Sequences& seq = args.seq;
@@ -158,7 +157,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   const int64_t n = slots.last - slots.first;
   const int64_t blocks = (n + kBlockSlots - 1) / kBlockSlots;
 
-  const bool weights = args.dW_ih != nullptr || args.dW_hh != nullptr || args.db != nullptr;
+  const bool weights = args.dW_ih != nullptr || args.dW_hh != nullptr || args.db_ih != nullptr;
   const Range units = share(args.H, group);
   static_assert(BackwardSpace<scalar>::kMostParts == 2);
   RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
@@ -174,7 +173,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
     const Range steps = args.reverse ? Range{done, end} : Range{T - end, T - done};
     for (int64_t i = 0; i < blocks; ++i) {
       const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
-      backward_block<activation>(args, space, steps, block, panels, hidden ? &team : nullptr);
+      backward_block<cell>(args, space, steps, block, panels, hidden ? &team : nullptr);
     }
     wait_for(group);
     if (space.packs_input) {
@@ -203,12 +202,12 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
 
 template <typename scalar>
 void backward(const BackwardArgs<scalar>& args, const Team& team) {
-  switch (args.activation) {
-    case Activation::kTanh:
-      return backward_all<Activation::kTanh>(args, team);
-    case Activation::kRelu:
-      return backward_all<Activation::kRelu>(args, team);
-    case Activation::kSigmoid:
-      return backward_all<Activation::kSigmoid>(args, team);
+  switch (args.cell) {
+    case Cell::kTanh:
+      return backward_all<Cell::kTanh>(args, team);
+    case Cell::kRelu:
+      return backward_all<Cell::kRelu>(args, team);
+    case Cell::kSigmoid:
+      return backward_all<Cell::kSigmoid>(args, team);
   }
 }

@@ -86,11 +86,11 @@ void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>
 }
 
 // All columns of a product, b in panels.
-template <Finish finish, Activation activation = Activation::kRelu, typename scalar>
+template <Finish finish, Cell cell = Cell::kRelu, typename scalar>
 void multiply(TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
               const scalar* packed) {
   for (int64_t p = 0; p < panels.count; ++p) {
-    multiply_rows<finish, activation>(product, rows, panels, p, packed);
+    multiply_rows<finish, cell>(product, rows, panels, p, packed);
   }
 }
 
@@ -278,7 +278,7 @@ void draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
 
 // Runs streams [streams.first, streams.last), at most kBlockSlots of them, through all steps. False
 // when it was told to stop.
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
                     Range streams) {
   const int64_t H = args.H, padded = space.hidden.padded_columns();
@@ -318,8 +318,8 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
         for (int64_t s = 0; s < n; ++s) init[s] = current[s];
       }
       TileArgs<scalar> recurrence = {.a = previous, .K = H, .init = init, .out = current};
-      multiply<Finish::kActivate, activation>(recurrence, n, space.hidden,
-                                              space.recurrent + layer * H * padded);
+      multiply<Finish::kActivate, cell>(recurrence, n, space.hidden,
+                                        space.recurrent + layer * H * padded);
     }
     for (int64_t s = 0; s < n; ++s) {
       previous[s] = current[s];
@@ -340,24 +340,24 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
   return true;
 }
 
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void generate_all(const GenerateArgs<scalar>& args) {
   const GenerateSpace<scalar> space(args, args.workspace);
   pack_generate(args, space);
   for (int64_t first = 0; first < args.S; first += space.block) {
     const int64_t last = first + space.block < args.S ? first + space.block : args.S;
-    if (!generate_block<activation>(args, space, {first, last})) return;
+    if (!generate_block<cell>(args, space, {first, last})) return;
   }
 }
 
 template <typename scalar>
 void generate(const GenerateArgs<scalar>& args) {
-  switch (args.activation) {
-    case Activation::kTanh:
-      return generate_all<Activation::kTanh>(args);
-    case Activation::kRelu:
-      return generate_all<Activation::kRelu>(args);
-    case Activation::kSigmoid:
-      return generate_all<Activation::kSigmoid>(args);
+  switch (args.cell) {
+    case Cell::kTanh:
+      return generate_all<Cell::kTanh>(args);
+    case Cell::kRelu:
+      return generate_all<Cell::kRelu>(args);
+    case Cell::kSigmoid:
+      return generate_all<Cell::kSigmoid>(args);
   }
 }

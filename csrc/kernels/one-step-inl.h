@@ -173,7 +173,7 @@ void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, Su
 
 // Slots [slots.first, slots.last), of one step each. Members divide the columns, however the call
 // is split: nobody waits.
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& team) {
   using Sum = SumOf<scalar>;
   constexpr int64_t kLine = 64 / sizeof(scalar);
@@ -238,7 +238,7 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& 
       for (int64_t i = 0; i < count; ++i) {
         y[i] = args.y + row_of(args.seq, 0, begin + i) * args.ldy + from;
       }
-      activate_rows<activation>(sums, y, count, 0, columns);
+      activate_rows<cell>(sums, y, count, 0, columns);
       for (int64_t i = 0; i < count; ++i) {
         std::memcpy(args.h_n + state_row_of(args.seq, begin + i) * args.H + from, y[i],
                     columns * sizeof(scalar));

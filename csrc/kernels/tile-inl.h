@@ -85,19 +85,19 @@ struct TileArgs {
   int64_t a_step = 0, init_step = 0, out_step = 0, y_step = 0;
 };
 
-template <Finish finish, Activation activation, typename Sum, typename scalar>
+template <Finish finish, Cell cell, typename Sum, typename scalar>
 ALWAYS_INLINE Vec<Sum> finished(Vec<Sum> sum, const scalar* y, int64_t lanes) {
-  if constexpr (finish == Finish::kActivate) return activate<activation, Sum>(sum);
+  if constexpr (finish == Finish::kActivate) return activate<cell, Sum>(sum);
   if constexpr (finish == Finish::kBackward) {
-    return activate_backward<activation, Sum>(sum, load_lanes(y, lanes));
+    return activate_backward<cell, Sum>(sum, load_lanes(y, lanes));
   }
   return sum;
 }
 
 // The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
 // panel is the only one. K <= kChainTerms when `lone` or R > kRowsOfSeveralBlocks.
-template <Finish finish, Activation activation, bool lone, int R, int P, int C, typename scalar,
-          typename Init, typename Out>
+template <Finish finish, Cell cell, bool lone, int R, int P, int C, typename scalar, typename Init,
+          typename Out>
 __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int64_t first_row) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
@@ -225,7 +225,7 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         store_lanes(to + p * L,
-                    finished<finish, activation, Sum>(total[r * P + p], at_y + p * L, lanes(p)),
+                    finished<finish, cell, Sum>(total[r * P + p], at_y + p * L, lanes(p)),
                     lanes(p));
       }
     };
@@ -242,23 +242,21 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
 template <typename Args>
 using Tile = void (*)(const Args&, int64_t first_row);
 
-template <typename Args, Finish finish, Activation activation, bool lone, int R, int P>
+template <typename Args, Finish finish, Cell cell, bool lone, int R, int P>
 constexpr Tile<Args> tile_or_null() {
   if constexpr (P <= kTileVectors && R <= kTileRows) {
     constexpr int C = lone ? chains_of_lone_panel(P) : 1;
-    return tile<finish, activation, lone, R, P, C>;
+    return tile<finish, cell, lone, R, P, C>;
   }
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename Args, Finish finish, Activation activation, bool lone>
+template <typename Args, Finish finish, Cell cell, bool lone>
 constexpr Tile<Args> kTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                            \
-  {tile_or_null<Args, finish, activation, lone, R, 1>(), \
-   tile_or_null<Args, finish, activation, lone, R, 2>(), \
-   tile_or_null<Args, finish, activation, lone, R, 3>(), \
-   tile_or_null<Args, finish, activation, lone, R, 4>()}
+#define CHARRNN_FAST_TILES(R)                                                                      \
+  {tile_or_null<Args, finish, cell, lone, R, 1>(), tile_or_null<Args, finish, cell, lone, R, 2>(), \
+   tile_or_null<Args, finish, cell, lone, R, 3>(), tile_or_null<Args, finish, cell, lone, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
@@ -290,27 +288,26 @@ ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], const Args& args, 
 
 // As multiply_rows, for several tiles and more terms than a chain's: all tiles pass one block of
 // the panel before the next one.
-template <Finish finish, Activation activation, typename scalar>
+template <Finish finish, Cell cell, typename scalar>
 void multiply_rows_in_blocks(TileArgs<scalar> block, int64_t rows, int width) {
   using Args = TileArgs<scalar>;
   constexpr int64_t kTermsOfBlock = kChainTerms<scalar>;
   int64_t left = block.K;
   block.K = kTermsOfBlock;
   for (; left > kTermsOfBlock; left -= kTermsOfBlock) {
-    run_tiles(kTiles<Args, Finish::kStore, Activation::kRelu, false>, block, rows, width);
+    run_tiles(kTiles<Args, Finish::kStore, Cell::kRelu, false>, block, rows, width);
     block.first_k += kTermsOfBlock;
     block.panel += kTermsOfBlock * width * kLanes<scalar>;
     block.init = block.out;
     block.init_step = block.out_step;
   }
   block.K = left;
-  run_tiles(kTiles<Args, finish, activation, false>, block, rows, width);
+  run_tiles(kTiles<Args, finish, cell, false>, block, rows, width);
 }
 
 // The product of any number of rows with one panel of packed weights, which it names in args: in
 // place, as the tiles would wait for a copy.
-template <Finish finish, Activation activation = Activation::kRelu, typename scalar, typename Init,
-          typename Out>
+template <Finish finish, Cell cell = Cell::kRelu, typename scalar, typename Init, typename Out>
 void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
                    const Panels<SumOf<scalar>>& panels, int64_t panel,
                    const PackedOf<scalar>* packed) {
@@ -321,12 +318,12 @@ void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
   args.panel = packed + args.column * packed_rows<scalar>(args.K);
   const int width = panels.width(panel);
   if (kRecurrence && panels.count == 1) {
-    return run_tiles(kTiles<Args, finish, activation, kRecurrence>, args, rows, width);
+    return run_tiles(kTiles<Args, finish, cell, kRecurrence>, args, rows, width);
   }
   if constexpr (kTerms<scalar> == 1) {
     if (rows > kRowsOfSeveralBlocks && args.K > kChainTerms<scalar>) {
-      return multiply_rows_in_blocks<finish, activation>(args, rows, width);
+      return multiply_rows_in_blocks<finish, cell>(args, rows, width);
     }
   }
-  run_tiles(kTiles<Args, finish, activation, false>, args, rows, width);
+  run_tiles(kTiles<Args, finish, cell, false>, args, rows, width);
 }

@@ -126,37 +126,37 @@ ALWAYS_INLINE Vec<scalar> relu(Vec<scalar> x) {
   return select<scalar>(x < zero, zero, x);  // this way round a NaN stays
 }
 
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 ALWAYS_INLINE Vec<scalar> activate(Vec<scalar> x) {
-  if constexpr (activation == Activation::kTanh) {
+  if constexpr (cell == Cell::kTanh) {
 #ifdef CHARRNN_FAST_TANH
     if constexpr (sizeof(scalar) == 4) return tanh_by_pieces(x);
 #endif
     return tanh<scalar>(x);
   }
-  if constexpr (activation == Activation::kSigmoid) return sigmoid<scalar>(x);
+  if constexpr (cell == Cell::kSigmoid) return sigmoid<scalar>(x);
   return relu<scalar>(x);
 }
 
 // g * act'(sum inside act), from y = act(that sum).
-template <Activation activation, typename scalar>
+template <Cell cell, typename scalar>
 ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
   const Vec<scalar> one = broadcast(scalar{1});
-  if constexpr (activation == Activation::kTanh) return g * multiply_add(-y, y, one);
-  if constexpr (activation == Activation::kSigmoid) return g * (y * (one - y));
+  if constexpr (cell == Cell::kTanh) return g * multiply_add(-y, y, one);
+  if constexpr (cell == Cell::kSigmoid) return g * (y * (one - y));
   const Vec<scalar> zero = {};
   return select<scalar>(y <= zero, zero, g);
 }
 
 // act of some rows in columns [first, last).
-template <Activation activation, typename Sum, typename scalar>
+template <Cell cell, typename Sum, typename scalar>
 void activate_rows(const Sum* const* rows, scalar* const* out, int64_t count, int64_t first,
                    int64_t last) {
   constexpr int L = kLanes<Sum>;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = first; j < last; j += L) {
       const int64_t n = last - j < L ? last - j : L;
-      store_lanes(out[i] + j, activate<activation, Sum>(load_lanes(rows[i] + j, n)), n);
+      store_lanes(out[i] + j, activate<cell, Sum>(load_lanes(rows[i] + j, n)), n);
     }
   }
 }
