@@ -173,6 +173,7 @@ bool finite_recurrence(const Kernels<scalar>& table, const Layer& layer, at::Ten
 Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList weights_,
                    const Optional& batch_sizes_, const Optional& lengths_, std::string_view mode,
                    bool has_biases) {
+  const SurvivesFork guard;
   const Layer layer = check_layer(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
   if (why_composite(input_, hx_, weights_) != nullptr) {
     return composite::forward(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
@@ -293,6 +294,7 @@ std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Option
                                                const Optional& batch_sizes_,
                                                const Optional& lengths_, std::string_view mode,
                                                bool has_biases, c10::List<bool> needs) {
+  const SurvivesFork guard;
   const Layer layer = check_layer_backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_,
                                            lengths_, mode, has_biases, needs);
   if (why_composite(input_, hx_, weights_) != nullptr) {

@@ -10,6 +10,8 @@
 #include <exception>
 #include <thread>
 
+#include "teams.h"
+
 namespace charrnn_fast {
 namespace {
 
@@ -124,6 +126,7 @@ Pair generate_cpu(const Tensor& tokens_, const Optional& state_, at::TensorList 
                   std::string_view mode, bool has_biases, double temperature, int64_t top_k,
                   double top_p) {
   const at::NoGradGuard no_grad;  // what is drawn has no gradient
+  const SurvivesFork guard;
   const GenerateSizes sizes =
       check_generate(tokens_, state_, params_, head_weight_, head_bias_, uniforms_, mode,
                      has_biases, temperature, top_k, top_p);

@@ -59,6 +59,7 @@ void run_linear(const Kernels<scalar>& kernels, const Tensor& x, const Tensor& W
 }
 
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  const SurvivesFork guard;
   if (!linear_is_served(input, weight, bias)) return composite::linear(input, weight, bias);
   const Tensor x = input.contiguous(), W = weight.contiguous(), b = bias.contiguous();
   c10::SmallVector<int64_t, 4> shape(input.sizes());
@@ -77,6 +78,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias)
 // such a step does not read, the memory is never touched.
 std::vector<Tensor> linear_backward_cpu(const Tensor& dy, const Tensor& input,
                                         const Tensor& weight) {
+  const SurvivesFork guard;
   const int64_t V = weight.size(0), H = weight.size(1);
   const auto dtype = weight.scalar_type();
   const Tensor W_hh = empty({V, V}, dtype), b = empty({V}, dtype);

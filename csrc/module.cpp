@@ -4,6 +4,7 @@
 
 #include "layer.h"
 #include "short_way.h"
+#include "teams.h"
 
 namespace charrnn_fast {
 namespace {
@@ -56,6 +57,19 @@ py::tuple plan(int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t
                         plan.split == Split::kBatch ? "batch" : "hidden", plan.at_once);
 }
 
+// The plan, as above, of any cell on any machine, and the cycles that it is modelled to take.
+py::tuple modelled_plan(int threads, int node_cores, double l2, int cell, int64_t T, int64_t B,
+                        int64_t rows, int64_t I, int64_t H, int64_t D, bool backward) {
+  Layer layer{};
+  layer.T = T, layer.B = B, layer.N = rows, layer.I = I, layer.H = H, layer.D = D;
+  layer.cell = static_cast<Cell>(cell);
+  const Machine machine = {threads, node_cores, l2};
+  const Pass pass = backward ? Pass::kBackward : Pass::kForward;
+  const Plan plan = cheapest_plan(layer, machine, pass);
+  return py::make_tuple(plan.members, plan.split == Split::kBatch ? "batch" : "hidden",
+                        plan.at_once, plan_cycles(layer, machine, plan, pass));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,6 +88,9 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   m.def("plan", plan);
+  m.def("modelled_plan", modelled_plan);
+  m.def("threads", [] { return this_machine().threads; });
+  m.def("cgroup_cpus", cgroup_cpus);
   m.def("computed_in", computed_in);
   m.def("why_composite",
         [](const at::Tensor& input, const std::optional<at::Tensor>& hx,

@@ -1,89 +1,255 @@
-// How many threads a call takes, and how they divide it.
+// The threads that there are, and what runs on them.
+#include "teams.h"
+
 #include <ATen/Parallel.h>
+#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
-
-#include "layer.h"
+#include <climits>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <thread>
 
 namespace charrnn_fast {
 
 namespace {
 
-// Cycles are counted roughly, so many floats at a time.
-constexpr double kLanes = 16;
+// A thread that starts parallel regions for another one, from a pool of its own.
+class Leader {
+ public:
+  Leader() {
+    std::thread([this] { serve(); }).detach();
+  }
 
-// Of one step of the recurrence. Below two rows, loading the weights takes longer than multiplying
-// by them.
-double step_cycles(const Layer& layer, double rows) {
-  return layer.H * layer.H / kLanes * std::max(rows, 2.0);
-}
+  void run(c10::function_ref<void()> work) {
+    std::unique_lock lock(mutex_);
+    work_.emplace(work);
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return !work_.has_value(); });
+  }
 
-// The cheapest way by a rough count of cycles. Constants were measured on Zen 4 and Zen 5 cores
-// with AVX-512; they decide speed only, never results.
-Plan cheapest_plan(const Layer& layer, int threads, double passes) {
-  // Between distant cores, whose round trip is half a microsecond; a tenth of it between close
-  // ones.
-  constexpr double kBarrierCycles = 2500;
-  constexpr double kNeighbourCycles = 1000;  // a step beside rows that another core writes
-  constexpr double kForeignCycles = 5;       // a number of delta or y that another core wrote
-  constexpr double kStartCycles = 20000;     // waking the threads
-  const int parts = gradient_parts(layer.cell, layer.B, layer.N, layer.H);
-  const auto recurrence = [&](double rows) { return step_cycles(layer, rows); };
-  const double products = static_cast<double>(layer.N) * layer.H / kLanes *
-                          (layer.I + (passes > 1 ? layer.I + layer.H : 0));
-  const auto exchange = [&](int members, bool by_parts) {
-    const int groups = by_parts && members % parts == 0 ? parts : 1;
-    const double foreign = layer.N * layer.H * (members - groups) / members;
-    return passes > 1 ? 2 * kForeignCycles * foreign : 0;
-  };
-  const double steps = layer.T;
-  Plan best{1, Split::kBatch, false};
-  double best_cost = layer.D * (steps * recurrence(layer.B) + products);
-  // `cost` of one direction, by as many threads.
-  const auto consider = [&](int members, Split split, bool at_once, double cost) {
-    if (members * (at_once ? 2 : 1) > 1) cost += kStartCycles;
-    if (!at_once) cost *= layer.D;
-    if (cost < best_cost) {
-      best = {members, split, at_once};
-      best_cost = cost;
-    }
-  };
-  for (const bool at_once : {true, false}) {
-    const int most = at_once ? threads / 2 : threads;
-    if (at_once && (layer.D == 1 || most == 0)) continue;
-    const int by_batch = static_cast<int>(std::clamp<int64_t>(layer.B, 1, most));
-    const double rows = (layer.B + by_batch - 1) / by_batch;
-    consider(by_batch, Split::kBatch, at_once,
-             steps * (recurrence(rows) + (by_batch > 1 ? kNeighbourCycles : 0)) +
-                 products / by_batch + exchange(by_batch, true));
-    const int by_hidden = static_cast<int>(std::min<int64_t>(most, (layer.H + 63) / 64));
-    if (by_hidden > 1) {
-      consider(by_hidden, Split::kHidden, at_once,
-               steps * (recurrence(layer.B) / by_hidden + kBarrierCycles) + products / by_hidden +
-                   exchange(by_hidden, false));
+ private:
+  void serve() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return work_.has_value(); });
+      (*work_)();
+      work_.reset();
+      changed_.notify_all();
     }
   }
-  return best;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<c10::function_ref<void()>> work_;
+};
+
+// Of the thread that called fork(), in the child. A leader lives as long as the process, as nothing
+// tells it that its thread has ended; one that is forked again leaves it behind.
+thread_local bool pool_is_lost = false;
+thread_local Leader* leader = nullptr;
+// What SurvivesFork has set aside; 0: at::get_num_threads() is right.
+thread_local int threads_aside = 0;
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  pool_is_lost = true;
+  leader = nullptr;
+});
+
+int torch_threads() { return threads_aside > 0 ? threads_aside : at::get_num_threads(); }
+
+int mask_cpus() {
+  cpu_set_t set;
+  // Fails where there are more CPUs than fit into the set: no mask, then.
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
 }
 
-int threads_to_use(const Layer& layer, double passes) {
+// What torch answers before anybody has told it a number; 0 where the environment did.
+const int default_threads = std::getenv("OMP_NUM_THREADS") != nullptr ? 0 : at::get_num_threads();
+
+// A limit in a file of two numbers, CPU time and its period, or of the first, and the other.
+int cpus_of(const std::string& first, const std::string& second = "") {
+  std::string text;
+  for (const std::string& path : {first, second}) {
+    std::ifstream file(path);
+    std::string line;
+    if (std::getline(file, line)) text += line + " ";
+  }
+  std::istringstream numbers(text);
+  double time = 0, period = 0;
+  if (!(numbers >> time >> period) || time <= 0 || period <= 0) return 0;  // "max", -1, no file
+  return std::max(1, static_cast<int>(std::min(1e6, (time + period - 1) / period)));
+}
+
+// "0-3,8,10-11" is 7 CPUs, of which those in `set` count.
+int cpus_in_list(const std::string& list, const cpu_set_t& set) {
+  std::istringstream ranges(list);
+  int count = 0;
+  for (std::string range; std::getline(ranges, range, ',');) {
+    int first = 0, last = 0;
+    const int read = std::sscanf(range.c_str(), "%d-%d", &first, &last);
+    if (read < 1) continue;
+    for (int cpu = first; cpu <= (read == 2 ? last : first) && cpu < CPU_SETSIZE; ++cpu) {
+      count += CPU_ISSET(cpu, &set) ? 1 : 0;
+    }
+  }
+  return count;
+}
+
+std::string first_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+// Of the largest NUMA node, among the CPUs that the process started with; no limit where all of
+// them lie in one node.
+int node_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return INT_MAX;
+  int largest = 0, nodes = 0;
+  for (int node = 0; node < 64; ++node) {
+    const std::string folder = "/sys/devices/system/node/node" + std::to_string(node);
+    const int cpus = cpus_in_list(first_line(folder + "/cpulist"), set);
+    largest = std::max(largest, cpus);
+    nodes += cpus > 0 ? 1 : 0;
+  }
+  if (nodes < 2) return INT_MAX;
+  const bool two_a_core = first_line("/sys/devices/system/cpu/smt/active") == "1";
+  return std::max(2, two_a_core ? largest / 2 : largest);
+}
+
+double l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return static_cast<double>(bytes);
+#endif
+  return 1 << 20;
+}
+
+// Not worth waking a thread for less than some tens of microseconds.
+constexpr double kLeastProducts = 1600000;
+
+Plan make_plan(const Layer& layer, Pass pass) {
   const double rows = static_cast<double>(layer.N) / layer.T;
-  const double step = step_cycles(layer, rows) + rows * layer.H * layer.I / kLanes;
-  return threads_for(passes * layer.D * layer.T * step * kLanes);
-}
-
-Plan make_plan(const Layer& layer, double passes) {
-  return cheapest_plan(layer, threads_to_use(layer, passes), passes);
+  const double gates = sizes_of(layer.cell).gates;
+  const double step = gates * layer.H * (layer.H * std::max(rows, 2.0) + rows * layer.I);
+  const double products = (pass == Pass::kForward ? 1 : 3) * layer.D * layer.T * step;
+  // Neither the threads nor the machine are asked for, where one thread is enough.
+  if (layer.N == 0 || products < kLeastProducts || at::in_parallel_region()) {
+    return {1, Split::kBatch, false};
+  }
+  return cheapest_plan(layer, this_machine(), pass);
 }
 
 }  // namespace
 
-int threads_for(double products) {
-  // Not worth waking a thread for less than some tens of microseconds.
-  return at::in_parallel_region() || products < 100000 * kLanes ? 1 : at::get_num_threads();
+int cgroup_cpus(const std::string& root, const std::string& membership) {
+  int least = 0;
+  const auto consider = [&](int cpus) {
+    if (cpus > 0 && (least == 0 || cpus < least)) least = cpus;
+  };
+  std::ifstream file(membership);
+  for (std::string line; std::getline(file, line);) {
+    // "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1. A container may see its own
+    // group as the root, so that the path leads nowhere: every folder above it is asked, too.
+    const size_t name = line.find(':'), end = line.find(':', name + 1);
+    if (name == std::string::npos || end == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(name + 1, end - name - 1) + ",";
+    const bool second = controllers == ",,";
+    if (!second && controllers.find(",cpu,") == std::string::npos) continue;
+    std::string path = line.substr(end + 1);
+    if (path.empty() || path[0] != '/') continue;
+    for (bool top = false; !top;) {
+      top = path.size() <= 1;
+      const std::string folder = root + (second ? "" : "/cpu") + (top ? "" : path) + "/";
+      consider(second ? cpus_of(folder + "cpu.max")
+                      : cpus_of(folder + "cpu.cfs_quota_us", folder + "cpu.cfs_period_us"));
+      path.resize(top ? 0 : path.find_last_of('/'));
+    }
+  }
+  return least;
 }
 
-Plan plan_forward(const Layer& layer) { return make_plan(layer, 1); }
-Plan plan_backward(const Layer& layer) { return make_plan(layer, 3); }
+Machine this_machine() {
+  static const int cores = node_cores();
+  static const double l2 = l2_bytes();
+  int threads = torch_threads();
+  if (threads > 1 && threads == default_threads) {
+    static const int limit = cgroup_cpus("/sys/fs/cgroup", "/proc/self/cgroup");
+    if (limit > 0) threads = std::min(threads, limit);
+    threads = std::min(threads, mask_cpus());
+  }
+  return {threads, cores, l2};
+}
+
+bool run_threads(int size, c10::function_ref<void(int)> body) {
+  bool complete = true;
+  // The runtime ends the threads that a smaller team leaves over, and starts them anew for the next
+  // region of torch: all of them take part, and those that have no rank pass through.
+  const int launched = std::max(size, torch_threads());
+  const auto region = [&] {
+#pragma omp parallel num_threads(launched)
+    {
+      // OpenMP may give fewer threads than asked for.
+      const int rank = omp_get_thread_num();
+      if (omp_get_num_threads() < size) {
+        if (rank == 0) complete = false;
+      } else if (rank < size) {
+        body(rank);
+      }
+    }
+  };
+  if (pool_is_lost) {
+    if (leader == nullptr) leader = new Leader;
+    leader->run(region);
+  } else {
+    region();
+  }
+  return complete;
+}
+
+SurvivesFork::SurvivesFork() : before_(pool_is_lost ? at::get_num_threads() : 0) {
+  if (before_ == 0) return;
+  if (threads_aside == 0) threads_aside = before_;
+  omp_set_num_threads(1);  // of this thread; what at::get_num_threads answers
+}
+
+SurvivesFork::~SurvivesFork() {
+  if (before_ == 0) return;
+  omp_set_num_threads(before_);
+  if (before_ == threads_aside) threads_aside = 0;
+}
+
+bool crowded(int threads) { return threads > mask_cpus(); }
+
+void Barrier::Member::await(int64_t round, int spins) const {
+  for (int spun = 0; rounds.load(std::memory_order_acquire) < round;) {
+    if (++spun < spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+int threads_for(double products) {
+  if (products < kLeastProducts || at::in_parallel_region()) return 1;
+  return static_cast<int>(std::min<double>(this_machine().threads, 1 + products / kLeastProducts));
+}
+
+Plan plan_forward(const Layer& layer) { return make_plan(layer, Pass::kForward); }
+Plan plan_backward(const Layer& layer) { return make_plan(layer, Pass::kBackward); }
 
 }  // namespace charrnn_fast
