@@ -52,8 +52,8 @@ CXX_FLAGS = [
 ]
 LD_FLAGS = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
 
-# What csrc/kernels/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more than the
-# machine's baseline, so that one binary serves every CPU.
+# What csrc/kernels/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more
+# than the machine's baseline, so that one binary serves every CPU.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
 ISA_FLAGS = {
     "x86_64": {

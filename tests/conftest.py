@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from kinds import KINDS
 
 import charrnn_fast
 
@@ -18,6 +19,12 @@ def isa(request):
     """Every instruction set that this machine runs, one after the other."""
     with charrnn_fast.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    """Every kind of network."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

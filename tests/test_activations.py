@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import call_op
 
 import charrnn_fast
 
@@ -27,9 +28,10 @@ def isa(request):
 def activation(x, mode):
     """act(x) by the kernels: one step of one unit with W_ih = 1 and W_hh = 0."""
     one = torch.ones(1, 1, dtype=x.dtype)
-    y, _ = torch.ops.charrnn_fast.rnn_layer(
-        x.view(1, -1, 1), None, [one, torch.zeros_like(one)], None, None, mode, False
-    )
+    weights = [one, torch.zeros_like(one)]
+    y = call_op("rnn_layer", input=x.view(1, -1, 1), weights=weights, mode=mode, has_biases=False)[
+        0
+    ]
     return y.view(-1)
 
 

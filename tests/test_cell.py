@@ -1,11 +1,9 @@
-"""RNNCell against nn.RNNCell."""
-
-import copy
-import pickle
+"""The cells against torch.nn's."""
 
 import pytest
 import torch
-from helpers import cells, leaf
+from helpers import loss_of, rounding_of_product, run
+from kinds import KINDS, VARIANTS, each, flat
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -13,55 +11,76 @@ import charrnn_fast
 from charrnn_fast.ops import assert_fused
 
 
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize(("kind", "variant"), VARIANTS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("with_hx", [False, True])
-def test_step(isa, nonlinearity, bias, batched, with_hx):
-    """One step gives the state and all gradients of nn.RNNCell's, batched or not."""
-    stock, ours = cells(3, 5, bias, nonlinearity, dtype=torch.float64)
+def test_step(isa, kind, variant, bias, batched, with_hx):
+    """One step gives the states and all gradients of torch.nn's cell, batched or not."""
+    stock, ours = kind.cells(3, 5, bias, dtype=torch.float64, **variant)
     shape = (4,) if batched else ()
-    data = torch.randn(*shape, 3, dtype=torch.float64)
-    state = torch.randn(*shape, 5, dtype=torch.float64) if with_hx else None
-    results = []
-    for cell in (stock, ours):
-        x, hx = leaf(data), None if state is None else leaf(state)
-        h = cell(x, hx)
-        h.cos().sum().backward()
-        leaves = [x, *([] if hx is None else [hx]), *cell.parameters()]
-        results.append([h, *[tensor.grad for tensor in leaves]])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    x = torch.randn(*shape, 3, dtype=torch.float64)
+    hx = kind.state(*shape, 5, dtype=torch.float64) if with_hx else None
+    want = run(stock, x, hx)
     with assert_fused():
-        ours(data, state)
+        got = run(ours, x, hx)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
+    assert type(ours(x, hx)) is type(stock(x, hx))
 
 
-def test_unrolled():
-    """A loop of steps, changed in place between them, gives nn.RNNCell's gradients."""
+def test_unrolled(kind):
+    """A loop of steps, changed in place between them, gives the gradients of torch.nn's cell."""
     results = []
-    for cell in cells(3, 5):
+    for cell in kind.cells(3, 5):
         x = torch.linspace(-1, 1, 24).reshape(4, 2, 3).requires_grad_()
-        h = None
-        states = []
+        state = None
+        losses = []
         for step in x:
-            h = cell(step, h)
-            states.append(h * 2)
-        torch.stack(states).square().sum().backward()
+            state = cell(step, state)
+            losses.append(loss_of(each(lambda tensor: tensor * 2, state)))
+        torch.stack(losses).square().sum().backward()
         results.append([x.grad, *[p.grad for p in cell.parameters()]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_state_may_change_in_place():
-    """The new state may be changed before backward, which nn.RNNCell refuses."""
-    stock, ours = cells(3, 5)
+def test_state_may_change_in_place(kind):
+    """The new state may be changed before backward, which torch.nn's cells may refuse."""
+    stock, ours = kind.cells(3, 5)
     x = torch.ones(2, 3)
-    (stock(x) * 2).square().sum().backward()
-    h = ours(x)
-    h.mul_(2)
-    h.square().sum().backward()
+    loss_of(each(lambda tensor: (tensor * 2).square(), stock(x))).backward()
+    states = ours(x)
+    for tensor in flat(states):
+        tensor.mul_(2)
+    loss_of(each(torch.square, states)).backward()
     for a, b in zip(stock.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_states_as_tuple_and_list():
+    """LSTMCell takes its two states as torch.nn's does: as a tuple or a list."""
+    for kind in KINDS:
+        if kind.has_cell_state:
+            stock, ours = kind.cells(3, 5)
+            x, hx = torch.randn(2, 3), kind.state(2, 5)
+            for form in (tuple, list):
+                torch.testing.assert_close(ours(x, form(hx)), stock(x, form(hx)))
+
+
+def test_tokens(kind):
+    """Beyond torch.nn: ids in place of one-hot vectors, batched or not."""
+    ours = kind.cell(4, 5)
+    ids, hx = torch.tensor([3, 0]), kind.state(2, 5)
+    with assert_fused():
+        got = ours(ids, hx)
+    torch.testing.assert_close(got, ours(torch.eye(4)[ids], hx))
+    torch.testing.assert_close(
+        ours(ids[0], each(lambda tensor: tensor[0], hx)), each(lambda tensor: tensor[0], got)
+    )
+    with pytest.raises(IndexError, match="token id 4"):
+        ours(torch.tensor([4]))
 
 
 def test_sigmoid_and_ids():
@@ -78,43 +97,32 @@ def test_sigmoid_and_ids():
         cell(torch.tensor([4]))
 
 
-def test_module_behaviour():
-    """repr, state_dict, copies and isinstance are nn.RNNCell's."""
-    stock, ours = cells(3, 5, nonlinearity="relu")
-    assert repr(ours) == repr(stock)
-    assert isinstance(ours, nn.RNNCell)
-    x = torch.randn(2, 3)
-    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(copied(x), ours(x))
-    stock.load_state_dict(ours.state_dict())
-
-
-def test_replaced_weights():
+def test_replaced_weights(kind):
     """Parametrized weights and functional_call are followed."""
 
     class Half(nn.Module):
         def forward(self, weight):
             return weight / 2
 
-    stock, ours = cells(3, 5)
-    x, h = torch.randn(2, 3), torch.randn(2, 5)
+    stock, ours = kind.cells(3, 5)
+    x, hx = torch.randn(2, 3), kind.state(2, 5)
     params = {n: p * 2 for n, p in ours.named_parameters()}
     torch.testing.assert_close(
-        torch.func.functional_call(ours, params, (x, h)),
-        torch.func.functional_call(stock, params, (x, h)),
+        torch.func.functional_call(ours, params, (x, hx)),
+        torch.func.functional_call(stock, params, (x, hx)),
     )
     for cell in (stock, ours):
         parametrize.register_parametrization(cell, "weight_hh", Half())
-    torch.testing.assert_close(ours(x, h), stock(x, h))
+    torch.testing.assert_close(ours(x, hx), stock(x, hx))
 
 
-def test_transforms_and_dtypes():
+def test_transforms_and_dtypes(kind):
     """vmap of per-sample gradients, autocast and bfloat16 work."""
-    stock, ours = cells(3, 5)
+    stock, ours = kind.cells(3, 5)
     x = torch.randn(6, 3)
 
     def loss(cell, params, x):
-        return torch.func.functional_call(cell, params, (x,)).square().sum()
+        return loss_of(torch.func.functional_call(cell, params, (x,)))
 
     params = {n: p.detach() for n, p in ours.named_parameters()}
     per_sample = torch.func.vmap(torch.func.grad(lambda p, x: loss(ours, p, x)), in_dims=(None, 0))(
@@ -125,14 +133,20 @@ def test_transforms_and_dtypes():
         for name in params:
             torch.testing.assert_close(per_sample[name][i], want[name])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ours(x).dtype == stock(x).dtype
-    torch.testing.assert_close(ours.bfloat16()(x.bfloat16()), stock.bfloat16()(x.bfloat16()))
+        got, want = flat(ours(x)), flat(stock(x))
+    assert {t.dtype for t in got} <= {torch.bfloat16, want[0].dtype}
+    torch.testing.assert_close(
+        ours.bfloat16()(x.bfloat16()), stock.bfloat16()(x.bfloat16()), rtol=0.02, atol=0.02
+    )
 
 
-def test_empty_batch():
-    """B=0 gives an empty state."""
-    stock, ours = cells(3, 5)
-    assert ours(torch.zeros(0, 3)).shape == stock(torch.zeros(0, 3)).shape
+def test_empty_batch(kind):
+    """B=0 gives empty states and zero gradients."""
+    stock, ours = kind.cells(3, 5)
+    x = torch.zeros(0, 3)
+    assert [t.shape for t in flat(ours(x))] == [t.shape for t in flat(stock(x))]
+    loss_of(ours(x)).backward()
+    assert all(not p.grad.any() for p in ours.parameters())
 
 
 # One column more or less than whole tiles; x or h or both in several pieces.
@@ -141,31 +155,45 @@ ONE_STEP = [(1, 5, 7), (4, 64, 48), (2, 40, 1100), (7, 600, 129), (3, 1300, 21),
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("B", "I", "H"), ONE_STEP)
-def test_bits_of_one_step(isa, B, I, H, dtype):
+def test_bits_of_one_step(isa, kind, B, I, H, dtype):
     """A sequence of one step has the same bits alone, beside longer ones and for any threads."""
-    rnn = charrnn_fast.RNN(I, H, bidirectional=True, dtype=dtype)
-    x, hx = torch.randn(3, B, I, dtype=dtype), torch.randn(2, B, H, dtype=dtype)
+    rnn = kind.ours(I, H, bidirectional=True, dtype=dtype)
+    x, hx = torch.randn(3, B, I, dtype=dtype), kind.state(2, B, H, dtype=dtype)
     ids = torch.randint(I, (3, B))
     lengths = torch.tensor([3, 1, 2, 1] * B)[1 : B + 1]
     for input, state in ((x, hx), (x, None), (ids, hx), (ids, None)):
-        one, h_n = rnn(input[:1], state)
+        one, states = rnn(input[:1], state)
+        h_n = flat(states)[0]
         assert torch.equal(torch.cat(list(h_n), 1), one[0])
-        mixed, h_n = rnn(input, state, lengths)
+        mixed, mixed_states = rnn(input, state, lengths)
         assert torch.equal(mixed[0, lengths == 1], one[0, lengths == 1])
-        assert torch.equal(torch.cat(list(h_n), 1)[lengths == 1], one[0, lengths == 1])
-        alone = rnn(input[:1, B - 1 :], None if state is None else state[:, B - 1 :])[0]
+        for got, want in zip(flat(mixed_states), flat(states), strict=True):
+            assert torch.equal(got[:, lengths == 1], want[:, lengths == 1])
+        alone = rnn(input[:1, B - 1 :], each(lambda tensor: tensor[:, B - 1 :], state))[0]
         assert torch.equal(alone[:, 0], one[:, B - 1])
         torch.set_num_threads(3)
         assert torch.equal(rnn(input[:1], state)[0], one)
         assert torch.equal(rnn(input, state, lengths)[0], mixed)
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("B", "I", "H"), ONE_STEP)
-def test_error_of_one_step(isa, B, I, H):
-    """At most twice the error of nn.RNNCell against float64, with and without a state."""
-    stock, ours = cells(I, H)
-    x, h = torch.randn(B, I), torch.randn(B, H)
-    for state in (h, None):
-        exact = stock.double()(x.double(), None if state is None else state.double())
-        error = (ours(x, state) - exact).abs().max()
-        assert error <= 2 * (stock.float()(x, state) - exact).abs().max()
+def test_error_of_one_step(isa, kind, B, I, H):
+    """Against float64: at most twice that of torch.nn's cell, or what a sum may round.
+
+    torch's own depends on how its library sums on this CPU; the second bound does not. No formula
+    of a step makes more of an error of its sums than there is, and c adds that of its product.
+    """
+    stock, ours = kind.cells(I, H)
+    x, hx = torch.randn(B, I), kind.state(B, H)
+    for state in (hx, None):
+        exact = flat(stock.double()(x.double(), each(lambda tensor: tensor.double(), state)))
+        theirs = flat(stock.float()(x, state))
+        sums = rounding_of_product(x, ours.weight_ih)
+        if state is not None:
+            sums = sums + rounding_of_product(flat(state)[0], ours.weight_hh)
+        scale = max(1.0, *[tensor.abs().max().item() for tensor in exact])
+        bound = sums.max().item() * scale
+        for got, want, truth in zip(flat(ours(x, state)), theirs, exact, strict=True):
+            error = (got - truth).abs().max().item()
+            assert error <= max(2 * (want - truth).abs().max().item(), bound)

@@ -1,10 +1,11 @@
-"""Wrong arguments raise what nn.RNN raises: the same type, naming the same sizes."""
+"""Wrong arguments raise what torch.nn raises: the same type, naming the same sizes."""
 
 import re
 
 import pytest
 import torch
-from helpers import cells, pair
+from helpers import call_op
+from kinds import KINDS, each
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -20,51 +21,107 @@ def raised(call):
     return caught.value
 
 
+# Calls of a module (3, 5, 2); `s` makes zeros of a state of its kind.
 CALLS = {
-    "4-D input": lambda m: m(torch.zeros(1, 4, 2, 3)),
-    "1-D input": lambda m: m(torch.zeros(3)),
-    "0-D input": lambda m: m(torch.tensor(1.0)),
-    "wrong input size": lambda m: m(torch.zeros(4, 2, 7)),
-    "wrong input size, unbatched": lambda m: m(torch.zeros(4, 7)),
-    "double input": lambda m: m(X.double()),
-    "half input": lambda m: m(X.half()),
-    "integer input": lambda m: m(X.long()),
-    "int32 input": lambda m: m(X.int()),
-    "bool input": lambda m: m(X.bool()),
-    "no steps": lambda m: m(torch.zeros(0, 2, 3)),
-    "2-D hx for a batch": lambda m: m(X, torch.zeros(2, 5)),
-    "3-D hx for one sequence": lambda m: m(X[:, 0], torch.zeros(2, 1, 5)),
-    "hx of another batch": lambda m: m(X, torch.zeros(2, 7, 5)),
-    "hx of another size": lambda m: m(X, torch.zeros(2, 2, 6)),
-    "hx of other layers": lambda m: m(X, torch.zeros(1, 2, 5)),
-    "double hx": lambda m: m(X, torch.zeros(2, 2, 5).double()),
-    "packed of another size": lambda m: m(pack_sequence([torch.zeros(4, 7)])),
-    "packed with hx of another batch": lambda m: m(
-        pack_sequence([torch.zeros(4, 3)]), torch.zeros(2, 2, 5)
+    "4-D input": lambda m, s: m(torch.zeros(1, 4, 2, 3)),
+    "1-D input": lambda m, s: m(torch.zeros(3)),
+    "0-D input": lambda m, s: m(torch.tensor(1.0)),
+    "wrong input size": lambda m, s: m(torch.zeros(4, 2, 7)),
+    "wrong input size, unbatched": lambda m, s: m(torch.zeros(4, 7)),
+    "double input": lambda m, s: m(X.double()),
+    "half input": lambda m, s: m(X.half()),
+    "integer input": lambda m, s: m(X.long()),
+    "int32 input": lambda m, s: m(X.int()),
+    "bool input": lambda m, s: m(X.bool()),
+    "no steps": lambda m, s: m(torch.zeros(0, 2, 3)),
+    "2-D hx for a batch": lambda m, s: m(X, s(2, 5)),
+    "3-D hx for one sequence": lambda m, s: m(X[:, 0], s(2, 1, 5)),
+    "4-D hx": lambda m, s: m(X, s(1, 2, 2, 5)),
+    "hx of another batch": lambda m, s: m(X, s(2, 7, 5)),
+    "hx of another size": lambda m, s: m(X, s(2, 2, 6)),
+    "hx of other layers": lambda m, s: m(X, s(1, 2, 5)),
+    "double hx": lambda m, s: m(X, each(torch.Tensor.double, s(2, 2, 5))),
+    "meta hx": lambda m, s: m(X, each(lambda t: t.to("meta"), s(2, 2, 5))),
+    "packed of another size": lambda m, s: m(pack_sequence([torch.zeros(4, 7)])),
+    "packed with hx of another batch": lambda m, s: m(
+        pack_sequence([torch.zeros(4, 3)]), s(2, 2, 5)
     ),
-    "packed double": lambda m: m(pack_sequence([torch.zeros(4, 3).double()])),
-    "packed 3-D": lambda m: m(PackedSequence(torch.zeros(4, 2, 3), torch.ones(4).long())),
-    "packed without steps": lambda m: m(
+    "packed double": lambda m, s: m(pack_sequence([torch.zeros(4, 3).double()])),
+    "packed 3-D": lambda m, s: m(PackedSequence(torch.zeros(4, 2, 3), torch.ones(4).long())),
+    "packed without steps": lambda m, s: m(
         PackedSequence(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     ),
-    "hx that is a tuple": lambda m: m(X, (torch.zeros(2, 2, 5),)),
-    "no input": lambda m: m(),
-    "input of None": lambda m: m(None),
-    "input that is a list": lambda m: m([1.0]),
+    "hx that is a tuple of one": lambda m, s: m(X, (torch.zeros(2, 2, 5),)),
+    "hx of three": lambda m, s: m(X, (torch.zeros(2, 2, 5),) * 3),
+    "hx of two": lambda m, s: m(X, (torch.zeros(2, 2, 5), torch.zeros(2, 2, 6))),
+    "hx of h and None": lambda m, s: m(X, (torch.zeros(2, 2, 5), None)),
+    "hx that is a string": lambda m, s: m(X, "hx"),
+    "hx that is one tensor of another size": lambda m, s: m(X, torch.zeros(3, 2, 5)),
+    "no input": lambda m, s: m(),
+    "input of None": lambda m, s: m(None),
+    "input that is a list": lambda m, s: m([1.0]),
 }
+# What is wrong with one of two states.
+STATES = {
+    "c of another size": lambda h: (h, torch.zeros(2, 2, 6)),
+    "c of another batch": lambda h: (h, torch.zeros(2, 3, 5)),
+    "c of other layers": lambda h: (h, torch.zeros(1, 2, 5)),
+    "2-D c": lambda h: (h, torch.zeros(2, 5)),
+    "2-D h": lambda h: (torch.zeros(2, 5), h),
+    "h of another size": lambda h: (torch.zeros(2, 2, 6), h),
+    "double c": lambda h: (h, h.double()),
+    "double h": lambda h: (h.double(), h),
+    "meta c": lambda h: (h, h.to("meta")),
+    "one tensor": lambda h: h,
+}
+# torch.nn's words name other numbers there, or none.
+OTHER_NUMBERS = ("double hx", "no input", "packed without steps", "double c", "double h")
+
+
+def assert_same_refusal(call, stock, ours, numbers=True):
+    """Both refuse, by the same type of exception, and name the same sizes.
+
+    Ours refuses also what nn.LSTM does not look at, where it computes with what lies past the end.
+    """
+    got = raised(lambda: call(ours))
+    try:
+        call(stock)
+    except Exception as error:
+        want = error
+    else:
+        assert isinstance(got, (RuntimeError, ValueError)), got
+        assert re.search(r"\d+", str(got)), got
+        return
+    assert type(got) is type(want), f"{got!r} but torch.nn: {want!r}"
+    if numbers:
+        assert re.findall(r"\d+", str(got)) == re.findall(r"\d+", str(want)), (got, want)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("call", CALLS)
-def test_call_errors(call, grad):
-    """Type and sizes of the error are those of nn.RNN's."""
-    stock, ours = pair(3, 5, 2)
+def test_call_errors(kind, call, grad):
+    """Type and sizes of the error are those of torch.nn's."""
+    stock, ours = kind.pair(3, 5, 2)
     with torch.set_grad_enabled(grad):
-        want = raised(lambda: CALLS[call](stock))
-        got = raised(lambda: CALLS[call](ours))
-    assert type(got) is type(want), f"{got!r} but nn.RNN: {want!r}"
-    if call not in ("double hx", "no input", "packed without steps"):
-        assert re.findall(r"\d+", str(got)) == re.findall(r"\d+", str(want)), (got, want)
+        assert_same_refusal(
+            lambda m: CALLS[call](m, lambda *shape: kind.state(*shape, make=torch.zeros)),
+            stock,
+            ours,
+            call not in OTHER_NUMBERS,
+        )
+
+
+@pytest.mark.parametrize("call", STATES)
+def test_errors_of_one_state_of_two(call):
+    """An LSTM's h or c alone is wrong: the error is nn.LSTM's, batched and packed."""
+    for kind in KINDS:
+        if kind.has_cell_state:
+            stock, ours = kind.pair(3, 5, 2)
+            hx = STATES[call](torch.zeros(2, 2, 5))
+            numbers = call not in OTHER_NUMBERS
+            assert_same_refusal(lambda m: m(X, hx), stock, ours, numbers)
+            packed = pack_sequence([torch.zeros(4, 3)] * 2)
+            assert_same_refusal(lambda m: m(packed, hx), stock, ours, numbers)
 
 
 CONSTRUCTIONS = {
@@ -84,49 +141,58 @@ CONSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("construct", CONSTRUCTIONS)
-def test_constructor_errors(construct):
-    """The constructor refuses what nn.RNN's refuses."""
+def test_constructor_errors(kind, construct):
+    """The constructor refuses what torch.nn's refuses."""
     try:
-        CONSTRUCTIONS[construct](nn.RNN)
+        CONSTRUCTIONS[construct](kind.stock)
     except Exception as error:
         want = error
-    else:  # torch 2.9 accepts some of them
-        CONSTRUCTIONS[construct](charrnn_fast.RNN)
+    else:  # an older torch accepts some of them, and LSTM a projection
+        CONSTRUCTIONS[construct](kind.ours)
         return
-    got = raised(lambda: CONSTRUCTIONS[construct](charrnn_fast.RNN))
+    got = raised(lambda: CONSTRUCTIONS[construct](kind.ours))
     assert type(got) is type(want)
     assert re.findall(r"\d+", str(got)) == re.findall(r"\d+", str(want))
 
 
-def test_dropout_warning():
-    """Dropout that drops nothing is warned of, as by nn.RNN."""
+def test_dropout_warning(kind):
+    """Dropout that drops nothing is warned of, as by torch.nn."""
     with pytest.warns(UserWarning, match="num_layers greater than 1"):
-        charrnn_fast.RNN(3, 5, dropout=0.5)
+        kind.ours(3, 5, dropout=0.5)
 
 
 CELL_CALLS = {
-    "3-D input": lambda c: c(torch.zeros(1, 2, 3)),
-    "0-D input": lambda c: c(torch.tensor(1.0)),
-    "wrong input size": lambda c: c(torch.zeros(2, 7)),
-    "wrong hx size": lambda c: c(torch.zeros(2, 3), torch.zeros(2, 7)),
-    "3-D hx": lambda c: c(torch.zeros(2, 3), torch.zeros(1, 2, 5)),
-    "double input": lambda c: c(torch.zeros(2, 3).double()),
-    "2-D ids": lambda c: c(torch.zeros(2, 3).long()),
-    "weight of another size": lambda c: (
+    "3-D input": lambda c, s: c(torch.zeros(1, 2, 3)),
+    "0-D input": lambda c, s: c(torch.tensor(1.0)),
+    "wrong input size": lambda c, s: c(torch.zeros(2, 7)),
+    "wrong hx size": lambda c, s: c(torch.zeros(2, 3), s(2, 7)),
+    "3-D hx": lambda c, s: c(torch.zeros(2, 3), s(1, 2, 5)),
+    "1-D hx for a batch": lambda c, s: c(torch.zeros(2, 3), s(5)),
+    "double input": lambda c, s: c(torch.zeros(2, 3).double()),
+    "double hx": lambda c, s: c(torch.zeros(2, 3), each(torch.Tensor.double, s(2, 5))),
+    "2-D ids": lambda c, s: c(torch.zeros(2, 3).long()),
+    "weight of another size": lambda c, s: (
         setattr(c, "weight_hh", nn.Parameter(torch.zeros(5, 4))),
         c(torch.zeros(2, 3)),
     ),
-    "hx of another batch": lambda c: c(torch.zeros(2, 3), torch.zeros(4, 5)),
+    "hx of another batch": lambda c, s: c(torch.zeros(2, 3), s(4, 5)),
+    "hx a tuple of one": lambda c, s: c(torch.zeros(2, 3), (torch.zeros(2, 5),)),
+    "hx of two sizes": lambda c, s: c(torch.zeros(2, 3), (torch.zeros(2, 5), torch.zeros(2, 6))),
+    "hx a string": lambda c, s: c(torch.zeros(2, 3), "hx"),
+    "no input": lambda c, s: c(),
 }
 
 
 @pytest.mark.parametrize("call", CELL_CALLS)
-def test_cell_errors(call):
-    """RNNCell's errors have the type of nn.RNNCell's."""
-    stock, ours = cells(3, 5)
-    want = raised(lambda: CELL_CALLS[call](stock))
-    got = raised(lambda: CELL_CALLS[call](ours))
-    assert type(got) is type(want), f"{got!r} but nn.RNNCell: {want!r}"
+def test_cell_errors(kind, call):
+    """The errors of a cell have the type of those of torch.nn's."""
+    stock, ours = kind.cells(3, 5)
+    assert_same_refusal(
+        lambda m: CELL_CALLS[call](m, lambda *shape: kind.state(*shape, make=torch.zeros)),
+        stock,
+        ours,
+        numbers=False,
+    )
 
 
 def test_cell_nonlinearity():
@@ -147,16 +213,16 @@ def test_cell_nonlinearity():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lengths_errors(lengths, error, message, dtype):
+def test_lengths_errors(kind, lengths, error, message, dtype):
     """A wrong lengths names the sequence, its length and what is allowed."""
-    rnn = charrnn_fast.RNN(3, 5, dtype=dtype)
+    rnn = kind.ours(3, 5, dtype=dtype)
     with pytest.raises(error, match=message):
         rnn(X.to(dtype), lengths=lengths)
 
 
-def test_lengths_with_packed():
+def test_lengths_with_packed(kind):
     """A packed sequence has lengths already."""
-    rnn = charrnn_fast.RNN(3, 5)
+    rnn = kind.ours(3, 5)
     with pytest.raises(ValueError, match="PackedSequence"):
         rnn(pack_sequence([torch.zeros(4, 3)]), lengths=torch.tensor([4]))
 
@@ -164,12 +230,20 @@ def test_lengths_with_packed():
 def test_errors_of_the_ops():
     """Called directly, the ops check everything, and name what is wrong."""
     W_ih, W_hh, b = torch.zeros(5, 3), torch.zeros(5, 5), torch.zeros(5)
-    layer = torch.ops.charrnn_fast.rnn_layer
 
     def call(
         input=X, hx=None, weights=(W_ih, W_hh, b, b), sizes=None, lengths=None, mode="RNN_TANH"
     ):
-        return layer(input, hx, list(weights), sizes, lengths, mode, True)
+        return call_op(
+            "rnn_layer",
+            input=input,
+            hx=hx,
+            weights=list(weights),
+            batch_sizes=sizes,
+            lengths=lengths,
+            mode=mode,
+            has_biases=True,
+        )
 
     with pytest.raises(ValueError, match="RNN_GELU"):
         call(mode="RNN_GELU")

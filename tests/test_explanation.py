@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import charrnn_fast
@@ -15,45 +14,56 @@ from charrnn_fast.ops import counters
 X = torch.zeros(4, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("module", "input", "fused", "reason"),
-    [
-        (charrnn_fast.RNN(3, 5), X, True, "serve"),
-        (charrnn_fast.RNN(3, 5, dtype=torch.float64), X.double(), True, "serve"),
-        (charrnn_fast.RNN(3, 5), torch.zeros(4, 2).long(), True, "serve"),
-        (charrnn_fast.RNN(3, 5), pack_sequence([X[:, 0]]), True, "serve"),
-        (charrnn_fast.RNN(3, 5), X[:, 0], True, "serve"),
-        (charrnn_fast.RNNCell(3, 5), X[0], True, "serve"),
-        (charrnn_fast.RNN(3, 5, device="meta"), X.to("meta"), False, "device is not the CPU"),
-        (nn.RNN(3, 5), X, False, "torch.nn.modules.rnn.RNN"),
-    ],
-)
-def test_path(module, input, fused, reason):
+# Calls of a module (3, 5), and of a cell, with the path they take and a word of the reason.
+CALLS = {
+    "float32": (lambda k: (k.ours(3, 5), X), True, "serve"),
+    "float64": (lambda k: (k.ours(3, 5, dtype=torch.float64), X.double()), True, "serve"),
+    "ids": (lambda k: (k.ours(3, 5), torch.zeros(4, 2).long()), True, "serve"),
+    "packed": (lambda k: (k.ours(3, 5), pack_sequence([X[:, 0]])), True, "serve"),
+    "one sequence": (lambda k: (k.ours(3, 5), X[:, 0]), True, "serve"),
+    "states": (lambda k: (k.ours(3, 5), X, k.state(1, 2, 5)), True, "serve"),
+    "lengths": (lambda k: (k.ours(3, 5), X, None, torch.tensor([4, 2])), True, "serve"),
+    "cell": (lambda k: (k.cell(3, 5), X[0]), True, "serve"),
+    "cell with states": (lambda k: (k.cell(3, 5), X[0], k.state(2, 5)), True, "serve"),
+    "meta": (
+        lambda k: (k.ours(3, 5, device="meta"), X.to("meta")),
+        False,
+        "device is not the CPU",
+    ),
+    "torch.nn's": (lambda k: (k.stock(3, 5), X), False, "torch.nn.modules.rnn."),
+    "torch.nn's cell": (lambda k: (k.stock_cell(3, 5), X[0]), False, "torch.nn.modules.rnn."),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_path(kind, call):
     """The path is the one that the counters see afterwards."""
-    explanation = explain(module, input)
+    make, fused, reason = CALLS[call]
+    module, *args = make(kind)
+    explanation = explain(module, *args)
     assert explanation.fused is fused
     assert explanation.path == ("fused" if fused else "composite")
     assert reason in explanation.reason
     assert str(explanation).startswith(explanation.path)
     before = counters()
-    module(input)
+    module(*args)
     assert (counters()["forward_fused"] > before["forward_fused"]) is fused
 
 
-def test_subclass_of_tensor():
+def test_subclass_of_tensor(kind):
     """A tensor subclass is named as the reason."""
 
     class Tagged(torch.Tensor):
         pass
 
-    explanation = explain(charrnn_fast.RNN(3, 5), X.as_subclass(Tagged))
+    explanation = explain(kind.ours(3, 5), X.as_subclass(Tagged))
     assert not explanation.fused
     assert "subclass" in explanation.reason
 
 
-def test_isa(isa):
+def test_isa(isa, kind):
     """The instruction set is the one in use."""
-    assert explain(charrnn_fast.RNN(3, 5), X).isa == isa
+    assert explain(kind.ours(3, 5), X).isa == isa
 
 
 def test_plans():
@@ -118,7 +128,7 @@ def test_backward_of_small_layers():
     ],
     ids=str,
 )
-def test_threads_that_really_run(shape, bidirectional):
+def test_threads_that_really_run(kind, shape, bidirectional):
     """A process has torch's number of threads where explain() says that a call uses several.
 
     Those beyond the call's own only pass through: the runtime would end them, and torch's next
@@ -128,7 +138,7 @@ def test_threads_that_really_run(shape, bidirectional):
     code = f"""
 import os, torch, charrnn_fast
 torch.set_num_threads(3)
-rnn = charrnn_fast.RNN({I}, {H}, bidirectional={bidirectional})
+rnn = charrnn_fast.{kind}({I}, {H}, bidirectional={bidirectional})
 x = torch.empty({T}, {B}, {I})
 said = charrnn_fast.explain(rnn, x).forward[0].threads
 before = len(os.listdir("/proc/self/task"))

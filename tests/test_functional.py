@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from helpers import cells, pair
+from helpers import loss_of
+from kinds import KINDS, VARIANTS, each, flat
 from torch.func import (
     functional_call,
     functionalize,
@@ -17,19 +18,20 @@ from torch.func import (
     vmap,
 )
 
-import charrnn_fast
-
 # torch's own forward-mode AD warns of a module of torch that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
-OPTIONS = [{}, {"num_layers": 2, "bidirectional": True}, {"nonlinearity": "relu", "bias": False}]
+OPTIONS = [
+    *[(kind, {"bias": False} | variant) for kind, variant in VARIANTS],
+    *[(kind, {"num_layers": 2, "bidirectional": True}) for kind in KINDS],
+]
 
 
 def detached(module):
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize(
     "derivative",
     [
@@ -44,78 +46,102 @@ def detached(module):
     ],
     ids=["jacrev", "jacfwd", "hessian", "jvp", "vjp", "jacobian", "autograd hessian", "functional"],
 )
-def test_derivatives(derivative, options):
-    """Every derivative that nn.RNN has, ours has with the same value; of h_n, too."""
-    stock, ours = pair(3, 4, dtype=torch.float64, **options)
+def test_derivatives(derivative, kind, options):
+    """Every derivative that torch.nn has, ours has with the same value; of each state, too."""
+    stock, ours = kind.pair(3, 4, dtype=torch.float64, **options)
     x = torch.randn(3, 2, 3, dtype=torch.float64)
-    for part in (0, 1):
-        got = derivative(lambda x: ours(x)[part], x)
-        torch.testing.assert_close(got, derivative(lambda x: stock(x)[part], x))
+    for part in range(1 + len(kind.states)):
+        got = derivative(lambda x: flat(ours(x))[part], x)
+        torch.testing.assert_close(got, derivative(lambda x: flat(stock(x))[part], x))
 
 
-def test_dual_numbers():
-    """Forward-mode AD by make_dual, of the input and of a weight."""
-    stock, ours = pair(3, 4, 2)
-    x, tangent = torch.randn(3, 2, 3), torch.randn(3, 2, 3)
+def test_dual_numbers(kind):
+    """Forward-mode AD by make_dual, of the input, of states and of a weight.
+
+    Against torch.nn in float64, which oneDNN, whose LSTM has no forward mode, does not serve.
+    """
+    x, tangent = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    hx = kind.state(2, 2, 4, dtype=torch.float64)
     results = []
-    for module in (stock, ours):
+    for module in kind.pair(3, 4, 2, dtype=torch.float64):
         params = detached(module)
         with fwAD.dual_level():
             params["weight_hh_l0"] = fwAD.make_dual(
                 params["weight_hh_l0"], torch.ones_like(params["weight_hh_l0"])
             )
-            output, h_n = functional_call(module, params, (fwAD.make_dual(x, tangent),))
-            results.append([fwAD.unpack_dual(t).tangent for t in (output, h_n)])
+            state = each(lambda tensor: fwAD.make_dual(tensor, tensor.cos()), hx)
+            found = functional_call(module, params, (fwAD.make_dual(x, tangent), state))
+            results.append([fwAD.unpack_dual(t).tangent for t in flat(found)])
     torch.testing.assert_close(results[1], results[0])
+    assert all(tangent is not None for tangent in results[1])
 
 
-def test_gradient_penalty():
-    """create_graph=True: a loss on the gradient of the input trains the weights as nn.RNN's."""
+def test_forward_mode_in_float32(kind):
+    """The same in float32, where nn.LSTM raises; against the difference quotient in float64."""
+    ours = kind.ours(3, 4)
+    x, tangent = torch.randn(2, 3, 2, 3)
+    with fwAD.dual_level():
+        got = [fwAD.unpack_dual(t).tangent for t in flat(ours(fwAD.make_dual(x, tangent)))]
+    exact, step = ours.double(), 1e-6
+    after = flat(exact(x.double() + step * tangent.double()))
+    before = flat(exact(x.double() - step * tangent.double()))
+    for a, b, c in zip(got, after, before, strict=True):
+        torch.testing.assert_close(a.double(), (b - c) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_penalty(kind):
+    """create_graph=True: a loss on the gradient of the input trains the weights as torch.nn's."""
     grads = []
-    for module in pair(3, 5, 2, bidirectional=True):
-        x = torch.linspace(-1, 1, 24).reshape(4, 2, 3).requires_grad_()
-        (g,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    for module in kind.pair(3, 5, 2, bidirectional=True, dtype=torch.float64):
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3).requires_grad_()
+        (g,) = torch.autograd.grad(loss_of(module(x)), x, create_graph=True)
         (g.norm() - 1).square().backward()
         grads.append([x.grad, *[p.grad for p in module.parameters()]])
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_batched_gradients():
-    """torch.autograd.grad(is_grads_batched=True) serves ours as it does nn.RNN."""
+def test_batched_gradients(kind):
+    """torch.autograd.grad(is_grads_batched=True) serves ours as it does torch.nn in float64."""
     results = []
-    for module in pair(3, 5, 2, bidirectional=True):
-        x = torch.linspace(-1, 1, 24).reshape(4, 2, 3).requires_grad_()
+    for module in kind.pair(3, 5, 2, bidirectional=True, dtype=torch.float64):
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3).requires_grad_()
         output, _ = module(x)
-        cotangents = torch.linspace(-1, 2, 3 * output.numel()).reshape(3, *output.shape)
+        cotangents = torch.linspace(-1, 2, 3 * output.numel(), dtype=x.dtype).reshape(
+            3, *output.shape
+        )
         leaves = [x, *module.parameters()]
         results.append(torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True))
     torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_vmap(tokens):
-    """vmap over inputs gives the results of a loop; nn.RNN fails there."""
-    stock, ours = pair(3, 5, 2, bidirectional=True)
+def test_vmap(kind, tokens):
+    """vmap over inputs and states gives the results of a loop; torch.nn fails there."""
+    stock, ours = kind.pair(3, 5, 2, bidirectional=True)
     x = torch.randint(3, (6, 4, 2)) if tokens else torch.randn(6, 4, 2, 3)
-    got = vmap(lambda x: ours(x))(x)
+    hx = kind.state(6, 4, 2, 5)
+    got = vmap(lambda x, hx: ours(x, hx))(x, hx)
     for i in range(6):
-        torch.testing.assert_close((got[0][i], got[1][i]), ours(x[i]))
+        want = ours(x[i], each(lambda tensor: tensor[i], hx))
+        for a, b in zip(flat(got), flat(want), strict=True):
+            torch.testing.assert_close(a[i], b)
     with pytest.raises(RuntimeError):
         vmap(lambda x: stock(x))(torch.randn(6, 4, 2, 3))
 
 
-def test_vmap_over_lengths():
+def test_vmap_over_lengths(kind):
     """Each element of the map may have lengths of its own."""
-    rnn = charrnn_fast.RNN(3, 5)
+    rnn = kind.ours(3, 5)
     x, lengths = torch.randn(3, 4, 2, 3), torch.tensor([[4, 1], [2, 3], [1, 4]])
-    got = vmap(lambda x, n: rnn(x, lengths=n)[0])(x, lengths)
+    got = vmap(lambda x, n: rnn(x, lengths=n))(x, lengths)
     for i in range(3):
-        torch.testing.assert_close(got[i], rnn(x[i], lengths=lengths[i])[0])
+        want = flat(rnn(x[i], lengths=lengths[i]))
+        torch.testing.assert_close([tensor[i] for tensor in flat(got)], want)
 
 
-def test_ensemble():
+def test_ensemble(kind):
     """vmap over stacked weights runs several networks at once."""
-    networks = [charrnn_fast.RNN(3, 5, 2) for _ in range(4)]
+    networks = [kind.ours(3, 5, 2) for _ in range(4)]
     params, buffers = stack_module_state(networks)
     x = torch.randn(4, 2, 3)
 
@@ -126,33 +152,32 @@ def test_ensemble():
     torch.testing.assert_close(got, torch.stack([network(x)[0] for network in networks]))
 
 
-def test_per_sample_gradients():
-    """vmap(grad) gives the gradients that each sample has alone; nn.RNN fails there."""
-    stock, ours = pair(3, 5, 2, bidirectional=True)
-    x, y = torch.randn(6, 4, 3), torch.randn(6, 4, 10)
+def test_per_sample_gradients(kind):
+    """vmap(grad) gives the gradients that each sample has alone; torch.nn fails there."""
+    stock, ours = kind.pair(3, 5, 2, bidirectional=True)
+    x = torch.randn(6, 4, 3)
 
     def gradients(module):
-        def loss(p, x, y):
-            return (functional_call(module, p, (x,))[0] - y).square().sum()
+        return grad(lambda p, x: loss_of(functional_call(module, p, (x,))))
 
-        return grad(loss)
-
-    got = vmap(gradients(ours), in_dims=(None, 0, 0))(detached(ours), x, y)
+    got = vmap(gradients(ours), in_dims=(None, 0))(detached(ours), x)
     for i in range(6):
-        want = gradients(stock)(detached(stock), x[i], y[i])
+        want = gradients(stock)(detached(stock), x[i])
         for name in want:
             torch.testing.assert_close(got[name][i], want[name])
     with pytest.raises(RuntimeError):
-        vmap(gradients(stock), in_dims=(None, 0, 0))(detached(stock), x, y)
+        vmap(gradients(stock), in_dims=(None, 0))(detached(stock), x)
 
 
-def test_cell_derivatives():
-    """RNNCell: jacrev, jvp and hessian as nn.RNNCell, and vmap(grad) over samples."""
-    stock, ours = cells(3, 4, dtype=torch.float64)
+def test_cell_derivatives(kind):
+    """Cells: jacrev, jvp and hessian as torch.nn's, of each state."""
+    stock, ours = kind.cells(3, 4, dtype=torch.float64)
     x = torch.randn(2, 3, dtype=torch.float64)
     for derivative in (
         lambda f: jacrev(f)(x),
         lambda f: jvp(f, (x,), (x,))[1],
         lambda f: hessian(lambda x: f(x).square().sum())(x),
     ):
-        torch.testing.assert_close(derivative(ours), derivative(stock))
+        for part in range(len(kind.states)):
+            got = derivative(lambda x: flat(ours(x))[part])
+            torch.testing.assert_close(got, derivative(lambda x: flat(stock(x))[part]))

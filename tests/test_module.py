@@ -7,52 +7,70 @@ import pickle
 
 import pytest
 import torch
-from helpers import cells, pair
+from helpers import assert_same, run
+from kinds import VARIANTS, flat
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import charrnn_fast
 
 
-def test_constructor_takes_the_same_arguments():
-    """Positional and keyword arguments, device and dtype mean what they mean in nn.RNN."""
-    positional = (3, 5, 2, "relu", False, True, 0.25, True)
-    keywords = dict(
-        zip(
-            [
-                "input_size",
-                "hidden_size",
-                "num_layers",
-                "nonlinearity",
-                "bias",
-                "batch_first",
-                "dropout",
-                "bidirectional",
-            ],
-            positional,
-            strict=True,
+def constructions():
+    """Arguments in the order of their positions, where nn.RNN alone has its nonlinearity."""
+    for kind, variant in VARIANTS:
+        own = {"nonlinearity": "tanh"} | variant if kind.name == "RNN" else {}
+        sizes = {"input_size": 3, "hidden_size": 5}
+        yield kind, sizes
+        yield (
+            kind,
+            sizes
+            | {"num_layers": 2}
+            | own
+            | {"bias": False, "batch_first": True, "dropout": 0.25, "bidirectional": True},
         )
-    )
+
+
+@pytest.mark.parametrize(("kind", "keywords"), list(constructions()), ids=str)
+def test_constructor_takes_the_same_arguments(kind, keywords):
+    """Positional and keyword arguments, device and dtype mean what they mean in torch.nn."""
+    stock = kind.stock(**keywords, device="cpu", dtype=torch.float64)
     for ours in (
-        charrnn_fast.RNN(*positional, device="cpu", dtype=torch.float64),
-        charrnn_fast.RNN(**keywords, device="cpu", dtype=torch.float64),
+        kind.ours(**keywords, device="cpu", dtype=torch.float64),
+        kind.ours(*keywords.values(), device="cpu", dtype=torch.float64),
     ):
-        stock = nn.RNN(*positional, device="cpu", dtype=torch.float64)
         assert repr(ours) == repr(stock)
         assert ours.__dict__.keys() == stock.__dict__.keys()
-        for name in (*keywords, "mode"):
+        for name in (*keywords, "mode", "proj_size"):
             assert getattr(ours, name) == getattr(stock, name), name
-        assert [p.dtype for p in ours.parameters()] == [torch.float64] * 8
-        assert isinstance(ours, nn.RNN)
+        assert [p.shape for p in ours.parameters()] == [p.shape for p in stock.parameters()]
+        assert {p.dtype for p in ours.parameters()} == {torch.float64}
+        assert isinstance(ours, kind.stock)
 
 
-def test_same_seed_same_weights():
-    """The parameters are drawn as nn.RNN draws them."""
-    torch.manual_seed(3)
-    stock = nn.RNN(3, 5, 2, bidirectional=True)
-    torch.manual_seed(3)
-    ours = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
-    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+def test_constructor_of_the_cell(kind):
+    """The cell's arguments, positional and by keyword, are those of torch.nn's cell."""
+    for args, kwargs in (
+        ((3, 5), {}),
+        ((3, 5, False), {}),
+        ((), {"input_size": 3, "hidden_size": 5, "bias": False, "dtype": torch.float64}),
+    ):
+        ours, stock = kind.cell(*args, **kwargs), kind.stock_cell(*args, **kwargs)
+        assert repr(ours) == repr(stock)
+        assert ours.__dict__.keys() == stock.__dict__.keys()
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in stock.named_parameters()]
+        assert {p.dtype for p in ours.parameters()} == {p.dtype for p in stock.parameters()}
+        assert isinstance(ours, kind.stock_cell)
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+def test_same_seed_same_weights(kind, is_cell):
+    """The parameters are drawn as torch.nn draws them, and the generator is left where it was."""
+    found = []
+    for cls in (kind.stock_cell, kind.cell) if is_cell else (kind.stock, kind.ours):
+        torch.manual_seed(3)
+        module = cls(3, 5) if is_cell else cls(3, 5, 2, bidirectional=True)
+        found.append([*module.parameters(), torch.rand(1)])
+    for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
 
@@ -62,34 +80,37 @@ def test_sigmoid_shows_in_repr():
     assert charrnn_fast.RNN(2, 3, 1, "sigmoid").nonlinearity == "sigmoid"
 
 
-def test_weight_lists():
-    """all_weights, _flat_weights and flatten_parameters are nn.RNN's."""
-    stock, ours = pair(3, 5, 2, bidirectional=True)
+def test_weight_lists(kind):
+    """all_weights, _flat_weights and flatten_parameters are torch.nn's."""
+    stock, ours = kind.pair(3, 5, 2, bidirectional=True)
     ours.flatten_parameters()
     assert [len(w) for w in ours.all_weights] == [len(w) for w in stock.all_weights]
     assert ours._flat_weights_names == stock._flat_weights_names
     assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
 
 
-def test_state_dict_both_ways():
+def test_state_dict_both_ways(kind):
     """A state_dict of either module loads into the other, through a file too."""
-    stock, ours = nn.RNN(3, 5, 2), charrnn_fast.RNN(3, 5, 2)
+    stock, ours = kind.stock(3, 5, 2), kind.ours(3, 5, 2)
     stock.load_state_dict(ours.state_dict())
     buffer = io.BytesIO()
     torch.save(stock.state_dict(), buffer)
     buffer.seek(0)
-    other = charrnn_fast.RNN(3, 5, 2)
+    other = kind.ours(3, 5, 2)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(4, 2, 3)
     assert torch.equal(ours(x)[0], other(x)[0])
     torch.testing.assert_close(ours(x)[0], stock(x)[0])
 
 
-@pytest.mark.parametrize("nonlinearity", ["tanh", "sigmoid"])
-def test_copies(nonlinearity):
+@pytest.mark.parametrize("is_cell", [False, True])
+def test_copies(kind, is_cell):
     """deepcopy and pickle give a module of the same results with weights of its own."""
-    ours = charrnn_fast.RNN(3, 5, 2, nonlinearity)
-    x = torch.randn(4, 2, 3)
+    ours = kind.cell(3, 5) if is_cell else kind.ours(3, 5, 2)
+    if kind.name == "RNN":
+        ours = type(ours)(3, 5, nonlinearity="sigmoid")
+    weight = "weight_hh" if is_cell else "weight_hh_l0"
+    x = torch.randn(4, 2, 3)[0 if is_cell else slice(None)]
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
@@ -98,11 +119,13 @@ def test_copies(nonlinearity):
         pickle.loads(pickle.dumps(ours)),
         torch.load(buffer, weights_only=False),
     ):
-        assert type(copied) is charrnn_fast.RNN
-        assert torch.equal(copied(x)[0], ours(x)[0])
+        assert type(copied) is type(ours)
+        assert_same(run(copied, x), run(ours, x), rtol=0, atol=0)
+        for name, parameter in copied.named_parameters():
+            assert parameter.data_ptr() != ours.get_parameter(name).data_ptr()
         with torch.no_grad():
-            copied.weight_hh_l0.zero_()
-        assert not torch.equal(copied(x)[0], ours(x)[0])
+            copied.get_parameter(weight.replace("hh", "ih")).zero_()
+        assert not torch.equal(flat(copied(x))[0], flat(ours(x))[0])
 
 
 def untouched(module):
@@ -120,42 +143,40 @@ def normed(module):
 
 @pytest.mark.parametrize("change", [untouched, hooked, normed])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", ["time first", "batch first", "cell"])
-def test_results_are_no_views(kind, change, autocast):
-    """Where nn.RNN's are none: they may be detached in place, and made without and changed with
-    gradients."""
-    if kind == "cell":
-        modules = cells(3, 5)
-        x = torch.randn(2, 3)
+@pytest.mark.parametrize("layout", ["time first", "batch first", "cell"])
+def test_results_are_no_views(kind, layout, change, autocast):
+    """They may be detached in place, and made without and changed with gradients; so may most of
+    torch.nn's, which are views where oneDNN's LSTM has the batch first.
+    """
+    if layout == "cell":
+        module, x = kind.cell(3, 5), torch.randn(2, 3)
     else:
-        modules = pair(3, 5, batch_first=kind == "batch first")
-        x = torch.randn(4, 2, 3)
-    for module in modules:
-        change(module)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results = module(x)
-            with torch.no_grad():
-                untracked = module(x)
-        for result in [results] if kind == "cell" else results:
-            assert result.requires_grad
-            result.detach_()
-            assert not result.requires_grad
-        for result in [untracked] if kind == "cell" else untracked:
-            result.add_(torch.ones((), requires_grad=True))
-            assert result.requires_grad
+        module, x = kind.ours(3, 5, batch_first=layout == "batch first"), torch.randn(4, 2, 3)
+    change(module)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = flat(module(x))
+        with torch.no_grad():
+            untracked = flat(module(x))
+    for result in results:
+        assert result.requires_grad
+        result.detach_()
+        assert not result.requires_grad
+    for result in untracked:
+        result.add_(torch.ones((), requires_grad=True))
+        assert result.requires_grad
 
 
-def test_subclass():
+def test_subclass(kind):
     """A subclass may override forward and call ours by super()."""
 
-    class Residual(charrnn_fast.RNN):
+    class Residual(kind.ours):
         def forward(self, input, hx=None):
             output, h_n = super().forward(input, hx)
             return output + input, h_n
 
     rnn = Residual(4, 4)
     x = torch.randn(3, 2, 4)
-    plain = charrnn_fast.RNN(4, 4)
+    plain = kind.ours(4, 4)
     plain.load_state_dict(rnn.state_dict())
     assert torch.equal(rnn(x)[0], plain(x)[0] + x)
 
@@ -163,6 +184,7 @@ def test_subclass():
 HOOKS = [
     "_update_flat_weights",
     "check_forward_args",
+    "get_expected_cell_size",  # of an LSTM
     "check_hidden_size",
     "check_input",
     "get_expected_hidden_size",
@@ -175,8 +197,7 @@ def watching(cls, names, calls):
 
     def watch(name):
         def method(self, *args):
-            shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
-            calls.append((name, shapes))
+            calls.append((name, shapes_of(args)))
             return getattr(super(Watching, self), name)(*args)
 
         return method
@@ -186,42 +207,53 @@ def watching(cls, names, calls):
 
 
 INPUTS = {
-    "batch": lambda m: m(torch.ones(4, 2, 3)),
-    "batch with hx": lambda m: m(torch.ones(4, 2, 3), torch.ones(2, 2, 5)),
-    "one sequence": lambda m: m(torch.ones(4, 3)),
-    "packed": lambda m: m(pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False)),
-    "packed with hx": lambda m: m(
-        pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False), torch.ones(2, 2, 5)
+    "batch": lambda m, state: m(torch.ones(4, 2, 3)),
+    "batch with hx": lambda m, state: m(torch.ones(4, 2, 3), state(2, 2, 5)),
+    "one sequence": lambda m, state: m(torch.ones(4, 3)),
+    "packed": lambda m, state: m(pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False)),
+    "packed with hx": lambda m, state: m(
+        pack_sequence([torch.ones(2, 3), torch.ones(4, 3)], False), state(2, 2, 5)
     ),
-    "wrong input": lambda m: m(torch.ones(4, 2, 7)),
-    "wrong hx": lambda m: m(torch.ones(4, 2, 3), torch.ones(2, 3, 5)),
+    "wrong input": lambda m, state: m(torch.ones(4, 2, 7)),
+    "wrong hx": lambda m, state: m(torch.ones(4, 2, 3), state(2, 3, 5)),
 }
+
+
+def shapes_of(value):
+    if isinstance(value, (tuple, list)):
+        return [shapes_of(part) for part in value]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("hooks", [*([name] for name in HOOKS), HOOKS], ids=",".join)
 @pytest.mark.parametrize("call", INPUTS)
-def test_overridden_checks_are_asked(hooks, call):
-    """What nn.RNN's forward asks of itself, and a subclass overrides, is asked of it as there."""
+def test_overridden_checks_are_asked(kind, hooks, call):
+    """What torch.nn's forward asks of itself, and a subclass overrides, is asked of it as there."""
     seen = []
-    for cls in (nn.RNN, charrnn_fast.RNN):
+    hooks = [name for name in hooks if hasattr(kind.stock, name)]
+    for cls in (kind.stock, kind.ours):
         torch.manual_seed(0)
         calls = []
         module = watching(cls, hooks, calls)(3, 5, 2)
         calls.clear()  # those of the constructor
+        states = None
         try:
-            result = INPUTS[call](module)
+            result = INPUTS[call](module, lambda *shape: kind.state(*shape, make=torch.ones))
         except RuntimeError as error:
             calls.append(("raised", str(error)))
         else:
             assert "wrong" not in call
-            torch.testing.assert_close(result[1], seen[0][1] if seen else result[1])
-        seen.append((calls, None if "wrong" in call else result[1]))
+            states = flat(result[1])
+            torch.testing.assert_close(states, seen[0][1] if seen else states)
+        seen.append((calls, states))
     assert seen[0][0] == seen[1][0]
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_checks_overridden_in_one_instance(name):
+def test_checks_overridden_in_one_instance(kind, name):
     """An attribute of the instance in place of a method is asked, too."""
+    if not hasattr(kind.stock, name):
+        pytest.skip(f"{kind} has no {name}")
 
     class Asked(Exception):
         pass
@@ -229,16 +261,16 @@ def test_checks_overridden_in_one_instance(name):
     def ask(*args):
         raise Asked
 
-    rnn = charrnn_fast.RNN(3, 5)
+    rnn = kind.ours(3, 5)
     setattr(rnn, name, ask)
     with pytest.raises(Asked):
         rnn(torch.ones(4, 2, 3))
 
 
-def test_a_looser_check_of_sizes_holds():
+def test_a_looser_check_of_sizes_holds(kind):
     """What the override lets pass reaches the computation, which has its own error."""
 
-    class Loose(charrnn_fast.RNN):
+    class Loose(kind.ours):
         def check_input(self, input, batch_sizes):
             pass
 
@@ -248,10 +280,10 @@ def test_a_looser_check_of_sizes_holds():
         rnn(torch.ones(4, 2, 7))
 
 
-def test_hooks_run():
-    """Forward hooks, pre-hooks and full backward hooks see what nn.RNN's see."""
+def test_hooks_run(kind):
+    """Forward hooks, pre-hooks and full backward hooks see what torch.nn's see."""
     seen = []
-    for module in pair(3, 5):
+    for module in kind.pair(3, 5):
         calls = []
         module.register_forward_pre_hook(lambda m, a, c=calls: c.append(len(a)))
         module.register_forward_hook(lambda m, a, o, c=calls: c.append(o[0].shape))
@@ -294,7 +326,9 @@ def set_module_call(module, calls, patch):
 
 def set_stock_call(module, calls, patch):
     call = nn.Module.__call__
-    patch.setattr(nn.RNN, "__call__", lambda m, *a: calls.append(a) or call(m, *a), raising=False)
+    stock = type(module).__mro__[1]
+    stock = type(module) if stock is nn.RNNBase else stock
+    patch.setattr(stock, "__call__", lambda m, *a: calls.append(a) or call(m, *a), raising=False)
 
 
 def set_module_call_impl(module, calls, patch):
@@ -323,7 +357,7 @@ BYSTANDERS = {
     "call_impl of the instance": set_call_impl,
     "forward of the class": set_class_forward,
     "nn.Module.__call__": set_module_call,
-    "nn.RNN.__call__": set_stock_call,
+    "__call__ of torch.nn's class": set_stock_call,
     "nn.Module._call_impl": set_module_call_impl,
     "forward hook": set_own_hook("register_forward_hook"),
     "pre-hook": set_own_hook("register_forward_pre_hook"),
@@ -348,10 +382,10 @@ class Patch(pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", BYSTANDERS)
-def test_who_stands_between_call_and_forward_is_asked(name):
-    """What is put there after a first call is asked by the second one, as by nn.RNN."""
+def test_who_stands_between_call_and_forward_is_asked(kind, name):
+    """What is put there after a first call is asked by the second one, as by torch.nn."""
     counts = []
-    for module in pair(3, 5):
+    for module in kind.pair(3, 5):
         x, calls = torch.ones(4, 2, 3, requires_grad=True), []
         module(x)
         with contextlib.ExitStack() as stack:
@@ -361,7 +395,7 @@ def test_who_stands_between_call_and_forward_is_asked(name):
     assert counts == [1, 1]
 
 
-def test_classes_between_call_and_forward_are_asked():
+def test_classes_between_call_and_forward_are_asked(kind):
     """Overrides of a subclass, and those of another base."""
     calls = []
 
@@ -370,15 +404,15 @@ def test_classes_between_call_and_forward_are_asked():
             calls.append("base")
             return super().__call__(*args)
 
-    class Both(charrnn_fast.RNN, Base):
+    class Both(kind.ours, Base):
         pass
 
-    class Call(charrnn_fast.RNN):
+    class Call(kind.ours):
         def __call__(self, *args):
             calls.append("call")
             return super().__call__(*args)
 
-    class Forward(charrnn_fast.RNN):
+    class Forward(kind.ours):
         def forward(self, *args):
             calls.append("forward")
             return super().forward(*args)
@@ -388,20 +422,20 @@ def test_classes_between_call_and_forward_are_asked():
     assert calls == ["base", "call", "forward"]
 
 
-def test_keywords_and_wrong_calls():
+def test_keywords_and_wrong_calls(kind):
     """Arguments by name mean the same, and errors of a call are those of forward."""
-    rnn = charrnn_fast.RNN(3, 5)
-    x, hx = torch.randn(4, 2, 3), torch.randn(1, 2, 5)
+    rnn = kind.ours(3, 5)
+    x, hx = torch.randn(4, 2, 3), kind.state(1, 2, 5)
     for result in (rnn(x, hx=hx), rnn(input=x, hx=hx), rnn(x, hx, None)):
         assert torch.equal(result[0], rnn(x, hx)[0])
-    for args in ((), (x, hx, None, None)):
+    for args in ((), (x, hx, None, None, None, None, None)):
         with pytest.raises(TypeError, match="forward"):
             rnn(*args)
 
 
-def test_the_profiler_finds_the_module():
+def test_the_profiler_finds_the_module(kind):
     """torch.profiler knows modules by their calls of nn.Module.__call__."""
-    stock, ours = pair(3, 5)
+    stock, ours = kind.pair(3, 5)
 
     def is_found(rnn):
         x = torch.randn(4, 2, 3)
@@ -410,7 +444,7 @@ def test_the_profiler_finds_the_module():
             activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True
         ) as profile:
             rnn(x)
-        return any("nn.Module: RNN" in event.name for event in profile.events())
+        return any(f"nn.Module: {kind}" in event.name for event in profile.events())
 
     if not is_found(stock):
         pytest.skip("the profiler of this torch finds no modules")

@@ -1,10 +1,11 @@
-"""ONNX export: the RNN operator, not an unrolled loop, run by ONNX Runtime beside ours."""
+"""ONNX export: one operator a layer, not an unrolled loop, run by ONNX Runtime beside ours."""
 
 import io
 
 import pytest
 import torch
-from helpers import beyond_torch_2_9, pair
+from helpers import beyond_torch_2_9
+from kinds import KINDS, VARIANTS, flat
 from torch import nn
 
 import charrnn_fast
@@ -25,88 +26,106 @@ def check(module, args, other=None, **kwargs):
     args = args if other is None else other
     feed = dict(zip([i.name for i in session.get_inputs()], [a.numpy() for a in args], strict=True))
     got = [torch.from_numpy(result) for result in session.run(None, feed)]
-    want = [result.detach() for result in module(*args)]
+    want = [result.detach() for result in flat(module(*args))]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     return [node.op_type for node in program.model_proto.graph.node]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_layers": 3},
-        {"num_layers": 2, "bidirectional": True},
-        {"nonlinearity": "relu", "bias": False, "bidirectional": True},
-        {"nonlinearity": "sigmoid", "batch_first": True, "num_layers": 2, "dropout": 0.5},
-    ],
-    ids=str,
-)
+# What an operator of our kinds would be made of, had it not been recognised.
+UNROLLED = {"Tanh", "Relu", "Sigmoid", "MatMul", "Loop", "Scan"}
+OPTIONS = [
+    *[(kind, variant) for kind, variant in VARIANTS],
+    *[(kind, {"num_layers": 2, "bidirectional": True}) for kind in KINDS],
+    *[(kind, {"bias": False, "bidirectional": True} | variant) for kind, variant in VARIANTS],
+    *[(kind, {"batch_first": True, "num_layers": 2, "dropout": 0.5}) for kind in KINDS],
+]
+
+
+class Flat(nn.Module):
+    """A program has tensors for inputs and results."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *states):
+        hx = states if len(states) > 1 else states[0] if states else None
+        return tuple(flat(self.inner(x, hx)))
+
+
+class Ragged(nn.Module):
+    """The same with lengths."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, lengths):
+        return tuple(flat(self.inner(x, lengths=lengths)))
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("with_hx", [False, True])
-def test_one_operator_a_layer(options, with_hx):
-    """Layers, directions, activations, states: one RNN node a layer, and the results are ours."""
-    rnn = charrnn_fast.RNN(3, 5, **options)
+def test_one_operator_a_layer(kind, options, with_hx):
+    """Layers, directions, activations, states: one node a layer, and the results are ours."""
+    rnn = kind.ours(3, 5, **options)
     rows = rnn.num_layers * (2 if rnn.bidirectional else 1)
     x = torch.randn(4, 2, 3)
     batch = 4 if rnn.batch_first else 2
-    args = (x, torch.randn(rows, batch, 5)) if with_hx else (x,)
-    kinds = check(rnn, args)
-    assert kinds.count("RNN") == rnn.num_layers
-    assert not {"Tanh", "Relu", "Sigmoid", "MatMul", "Loop", "Scan"} & set(kinds)
+    kinds = check(Flat(rnn), (x, *flat(kind.state(rows, batch, 5))) if with_hx else (x,))
+    assert kinds.count(kind.name) == rnn.num_layers
+    assert not UNROLLED & set(kinds)
+
+
+def test_sigmoid():
+    """The one activation that nn.RNN has not."""
+    rnn = charrnn_fast.RNN(3, 5, nonlinearity="sigmoid", num_layers=2)
+    kinds = check(Flat(rnn), (torch.randn(4, 2, 3),))
+    assert kinds.count("RNN") == 2
+    assert not UNROLLED & set(kinds)
 
 
 @beyond_torch_2_9
-def test_any_sizes():
+def test_any_sizes(kind):
     """With dynamic_shapes one model serves every T and B."""
     T, B = torch.export.Dim("T"), torch.export.Dim("B")
-    rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
+    rnn = kind.ours(3, 5, 2, bidirectional=True)
     check(
-        rnn,
+        rnn if not kind.has_cell_state else Flat(rnn),
         (torch.randn(4, 2, 3),),
         other=(torch.randn(9, 6, 3),),
-        dynamic_shapes=({0: T, 1: B},),
+        dynamic_shapes=({0: T, 1: B},) if not kind.has_cell_state else ({0: T, 1: B}, ()),
     )
 
 
-def test_tokens():
+def test_tokens(kind):
     """Token ids become rows of one-hot vectors by a Gather."""
-    kinds = check(charrnn_fast.RNN(7, 5, 2), (torch.randint(7, (4, 2)),))
+    kinds = check(Flat(kind.ours(7, 5, 2)), (torch.randint(7, (4, 2)),))
     assert kinds.count("Gather") == 1
-    assert kinds.count("RNN") == 2
+    assert kinds.count(kind.name) == 2
 
 
-def test_lengths():
+def test_lengths(kind):
     """lengths= becomes the operator's sequence_lens, in both directions."""
-
-    class Ragged(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = charrnn_fast.RNN(3, 5, 2, bidirectional=True)
-
-        def forward(self, x, lengths):
-            return self.rnn(x, lengths=lengths)
-
     x = torch.randn(4, 3, 3)
-    check(Ragged(), (x, torch.tensor([2, 4, 1])), other=(x, torch.tensor([4, 3, 2])))
+    kinds = check(
+        Ragged(kind.ours(3, 5, 2, bidirectional=True)),
+        (x, torch.tensor([2, 4, 1])),
+        other=(x, torch.tensor([4, 3, 2])),
+    )
+    assert kinds.count(kind.name) == 2
 
 
-def test_cell():
-    """RNNCell is one RNN node of one step."""
-
-    class Step(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = charrnn_fast.RNNCell(3, 5)
-
-        def forward(self, x, h):
-            return (self.cell(x, h),)
-
-    assert check(Step(), (torch.randn(2, 3), torch.randn(2, 5))).count("RNN") == 1
+def test_cell(kind):
+    """A cell is one node of one step."""
+    kinds = check(Flat(kind.cell(3, 5)), (torch.randn(2, 3), *flat(kind.state(2, 5))))
+    assert kinds.count(kind.name) == 1
 
 
-def test_the_older_exporter():
-    """dynamo=False writes for ours what it writes for nn.RNN."""
+def test_the_older_exporter(kind):
+    """dynamo=False writes for ours what it writes for torch.nn."""
     sizes = []
-    for module in pair(3, 5, 2, bidirectional=True):
+    for module in kind.pair(3, 5, 2, bidirectional=True):
         buffer = io.BytesIO()
         torch.onnx.export(module.eval(), (torch.randn(4, 2, 3),), buffer, dynamo=False)
         sizes.append(len(buffer.getvalue()))

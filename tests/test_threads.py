@@ -5,14 +5,13 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_same, run
+from helpers import NO_STATES, assert_same_bits, call_op, leaf, run
+from kinds import each, flat
 
-import charrnn_fast
 
-
-def test_python_threads():
+def test_python_threads(kind):
     """Several Python threads may run one module at once, forward and backward."""
-    rnn = charrnn_fast.RNN(3, 40, 2)
+    rnn = kind.ours(3, 40, 2)
     inputs = [torch.randn(20, 4, 3) for _ in range(4)]
     want = [run(rnn, x) for x in inputs]
     got = [None] * 4
@@ -27,16 +26,22 @@ def test_python_threads():
     for thread in threads:
         thread.join()
     for a, b in zip(got, want, strict=True):
-        assert_same(a, b, rtol=0, atol=0)
+        assert_same_bits(a, b)
 
 
 def backward_of_weights(T, B, H):
     """One call of the kernels whose results are small and whose working memory is not."""
     x, y = torch.zeros(T, B, 8), torch.zeros(T, B, H)
-    weights = [torch.zeros(H, 8), torch.zeros(H, H)]
-    needs = [False, False, True, False]  # of dW_ih, a small result
-    backward = torch.ops.charrnn_fast.rnn_layer_backward
-    return lambda: backward(y, None, x, None, weights, y, None, None, "RNN_TANH", False, needs)
+    return lambda: call_op(
+        "rnn_layer_backward",
+        dy=y,
+        input=x,
+        weights=[torch.zeros(H, 8), torch.zeros(H, H)],
+        y=y,
+        mode="RNN_TANH",
+        has_biases=False,
+        needs=[False, *NO_STATES, True, False],  # of dW_ih, a small result
+    )
 
 
 @pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="page faults of a thread: Linux")
@@ -72,24 +77,24 @@ def test_working_memory_is_kept_by_its_thread_and_freed_with_it():
 @pytest.mark.parametrize(
     "shape", [(50, 64, 20, 128), (60, 3, 20, 320), (30, 7, 5, 96), (200, 1, 16, 64)], ids=str
 )
-def test_same_bits_for_any_number_of_threads(isa, shape):
+def test_same_bits_for_any_number_of_threads(isa, kind, shape):
     """Results and gradients have the same bits for one thread and for several."""
     T, B, I, H = shape
-    rnn = charrnn_fast.RNN(I, H, bidirectional=True)
+    rnn = kind.ours(I, H, bidirectional=True)
     x = torch.randn(T, B, I)
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         results.append(run(rnn, x))
     for other in results[1:]:
-        assert_same(other, results[0], rtol=0, atol=0)
+        assert_same_bits(other, results[0])
 
 
 @pytest.mark.parametrize("B", [5, 40, 150])
-def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, B):
+def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, kind, B):
     """Members sum gradients chunk by chunk, or after all steps, but in one order."""
     T, H = 90, 96
-    rnn = charrnn_fast.RNN(8, H, bidirectional=True)
+    rnn = kind.ours(8, H, bidirectional=True)
     x = torch.randn(T, B, 8)
     lengths = torch.randint(1, T - 3, (B,))  # T itself is not among them
     results = []
@@ -97,18 +102,27 @@ def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, B):
         torch.set_num_threads(threads)
         results.append(run(rnn, x, lengths=lengths))
     for other in results[1:]:
-        assert_same(other, results[0], rtol=0, atol=0)
+        assert_same_bits(other, results[0])
 
 
-def test_same_bits_in_any_batch(isa):
-    """A sequence's forward result does not depend on what else is in the batch."""
-    rnn = charrnn_fast.RNN(9, 50, 2)
-    x = torch.randn(11, 20, 9)
-    with torch.no_grad():
-        whole = rnn(x)[0]
-        for b in (0, 7, 19):
-            assert torch.equal(rnn(x[:, b : b + 1])[0], whole[:, b : b + 1])
-        assert torch.equal(rnn(x[:, 3:9])[0], whole[:, 3:9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_bits_in_any_batch(isa, kind, dtype):
+    """A sequence's results do not depend on what else is in the batch, nor does d input."""
+    rnn = kind.ours(9, 50, 2, dtype=dtype)
+    x = torch.randn(11, 20, 9, dtype=dtype)
+    hx = kind.state(2, 20, 50, dtype=dtype)
+
+    def results(part):
+        a, states = leaf(x[:, part]), each(lambda tensor: leaf(tensor[:, part]), hx)
+        found = flat(rnn(a, states))
+        # The same weights of the loss for a sequence wherever it is.
+        sum(tensor.sin().sum() for tensor in found).backward()
+        return [*found, a.grad, *[tensor.grad for tensor in flat(states)]]
+
+    whole = results(slice(None))
+    for part in (slice(0, 1), slice(7, 8), slice(19, 20), slice(3, 9)):
+        for got, want in zip(results(part), whole, strict=True):
+            assert torch.equal(got, want[:, part])
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -126,9 +140,9 @@ class Sequences(torch.utils.data.Dataset):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:This DataLoader will create")
-def test_dataloader_workers():
+def test_dataloader_workers(kind):
     """The module runs in forked DataLoader workers after it ran, with threads, in the parent."""
-    rnn = charrnn_fast.RNN(16, 128)
+    rnn = kind.ours(16, 128)
     dataset = Sequences(rnn)
     want = torch.stack([dataset[i] for i in range(8)])
     loader = torch.utils.data.DataLoader(

@@ -20,10 +20,15 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import differential
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+from helpers import call_op
+from kinds import KINDS, Kind
 from torch import Tensor
 
 import charrnn_fast
@@ -35,16 +40,16 @@ HEAP_A_CALL = 2
 RESIDENT = 4 << 20
 
 T, B, I, H = 5, 3, 4, 6
-OPS = torch.ops.charrnn_fast
 
 
-def refused() -> list[Callable[[], Any]]:
+def refused(kind: Kind) -> list[Callable[[], Any]]:
     """Calls that raise, each at another depth: module, op, autograd, allocation."""
-    rnn = charrnn_fast.RNN(I, H, num_layers=2)
-    one = charrnn_fast.RNN(I, H)
-    cell = charrnn_fast.RNNCell(I, H)
+    rnn = kind.ours(I, H, num_layers=2)
+    one = kind.ours(I, H)
+    cell = kind.cell(I, H)
     x, ids = torch.randn(T, B, I), torch.full((T, B), I)
     weights = [p.detach() for p in one.parameters()]
+    layer = {"input": x, "weights": weights, "mode": kind.modes[0], "has_biases": True}
 
     def backward_twice() -> None:
         y, _ = one(x)
@@ -52,7 +57,7 @@ def refused() -> list[Callable[[], Any]]:
         y.sum().backward()
 
     def written_since() -> None:
-        local = charrnn_fast.RNN(I, H)
+        local = kind.ours(I, H)
         y, _ = local(x)
         with torch.no_grad():
             local.weight_hh_l0.add_(1)
@@ -64,19 +69,19 @@ def refused() -> list[Callable[[], Any]]:
         y.sum().backward()
 
     return [
-        lambda: rnn(x, torch.zeros(2, B + 1, H)),
+        lambda: rnn(x, kind.state(2, B + 1, H)),
         lambda: rnn(x.double()),
         lambda: rnn(ids),
         lambda: rnn(x, None, torch.tensor([T, T + 1, 1])),
-        lambda: cell(x[0], torch.zeros(B, H + 1)),
+        lambda: cell(x[0], kind.state(B, H + 1)),
         lambda: cell(ids[0]),
         lambda: rnn(torch.zeros(()).expand(2**40, 2**10, I)),
-        lambda: OPS.rnn_layer(x, None, weights, None, None, "GRU", True),
-        lambda: OPS.rnn_layer(x, None, weights[:3], None, None, "RNN_TANH", True),
-        lambda: OPS.rnn_layer(x[0], None, weights, torch.tensor([1, 2]), None, "RNN_TANH", True),
-        lambda: OPS.rnn_layer_backward(
-            x, None, x, None, weights, x, None, None, "RNN_TANH", True, [True] * 6
+        lambda: call_op("rnn_layer", **(layer | {"mode": "PEEPHOLE"})),
+        lambda: call_op("rnn_layer", **(layer | {"weights": weights[:3]})),
+        lambda: call_op(
+            "rnn_layer", **(layer | {"input": x[0], "batch_sizes": torch.tensor([1, 2])})
         ),
+        lambda: call_op("rnn_layer_backward", dy=x, y=x, needs=[True] * 6, **layer),
         lambda: charrnn_fast.use_isa("mmx"),
         backward_twice,
         written_since,
@@ -127,12 +132,12 @@ def one_round(rng: random.Random, solved: Solved, errors: list[Callable[[], Any]
     """All problems and errors once; returns the number of calls."""
     for index, (problem, want) in enumerate(solved):
         dtype = rng.choice(problem.dtypes)
-        module = charrnn_fast.RNN(problem.width, dtype=dtype, **problem.options)
+        module = problem.kind.ours(problem.width, dtype=dtype, **problem.options)
         torch.set_num_threads(rng.choice([1, 1, 2, 3]))
         with charrnn_fast.use_isa(rng.choice(charrnn_fast.available_isas())):
             got = differential.call_ours(problem, rng, module)
         # Not relu: see differential.run_problem.
-        if problem.options["nonlinearity"] == "tanh":
+        if not problem.has_kink:
             differs = differential.difference(got, want, differential.LIMITS[dtype])
             assert differs is None, f"{problem.about}: {differs}"
         with refusal():
@@ -155,7 +160,7 @@ def main() -> int:
     rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     problems = [differential.draw_problem(rng, 1.0) for _ in range(PROBLEMS)]
     solved = [(problem, differential.reference(problem)) for problem in problems]
-    errors = refused()
+    errors = [call for kind in KINDS for call in refused(kind)]
     # Python's dictionary of names doubles once, by 2 MB: now, and not while we count.
     names = [sys.intern(f"name {n}") for n in range(100_000)]
     del names
