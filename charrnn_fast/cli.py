@@ -53,6 +53,7 @@ BENCH_EXAMPLES = """\
 examples:
   charrnn-fast bench                             2 layers of 128, the text that comes with Python
   charrnn-fast bench my.txt --hidden-size 512 --num-layers 1 --threads 1
+  charrnn-fast bench --threads                   how calls scale with threads on this machine
 Any option of train goes.
 """
 REPORT_EXAMPLES = """\
@@ -231,6 +232,9 @@ def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None
             sub.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
             continue
         about["help"] += f" ({f.default})"
+        if f.name == "threads" and not to_run:
+            about |= {"nargs": "?", "const": False}
+            about["help"] += "; without a number: how calls scale with threads here"
         if choices := get_args(hints[f.name]):
             sub.add_argument(*flags, choices=choices, dest=f.name, **about)
         else:

@@ -147,9 +147,12 @@ def bench(arguments: argparse.Namespace) -> None:
     from .charlm.bench import bench
     from .charlm.options import TrainOptions
 
-    options = replace(TrainOptions(), **given_options(arguments))
     if not arguments.seconds > 0:
         raise UsageError("--seconds must be positive")
+    if getattr(arguments, "threads", 0) is False:  # given without a number
+        print_scaling(arguments.seconds)
+        return
+    options = replace(TrainOptions(), **given_options(arguments))
     rows = bench(options, arguments.seconds)
     print(
         f"{options.num_layers} x {options.hidden_size}, batch {options.batch_size}, "
@@ -158,6 +161,20 @@ def bench(arguments: argparse.Namespace) -> None:
     print(f"{'':24} {'charrnn_fast':>14} {'torch.nn.RNN':>14} {'ratio':>7}")
     for row in rows:
         print(f"{row.task:24} {row.fast:14,.0f} {row.torch:14,.0f} {row.fast / row.torch:7.2f}")
+
+
+def print_scaling(seconds: float) -> None:
+    import torch
+
+    from .scaling import machine, measure, table
+
+    print(machine())
+    rows = []
+    for row in measure(seconds / 10, torch.get_num_threads()):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"\r{row.cell} {row.size} {row.threads} threads   ", end="", file=sys.stderr)
+    print(table(rows))
 
 
 def info(arguments: argparse.Namespace) -> None:

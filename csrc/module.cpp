@@ -89,7 +89,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("plan", plan);
   m.def("modelled_plan", modelled_plan);
-  m.def("threads", [] { return this_machine().threads; });
+  // (threads that a call may use, cores of the largest NUMA node, bytes of a core's own cache)
+  m.def("machine", [] {
+    const Machine machine = this_machine();
+    return py::make_tuple(machine.threads, machine.node_cores, machine.l2);
+  });
   m.def("cgroup_cpus", cgroup_cpus);
   m.def("computed_in", computed_in);
   m.def("why_composite",

@@ -15,7 +15,7 @@ import torch
 from helpers import assert_same, run
 
 import charrnn_fast
-from charrnn_fast import _C
+from charrnn_fast import _C, cli, scaling
 
 ONE_NODE = 2**31 - 1  # all cores share their last cache, or nothing is known about it
 L2 = 2.0**20
@@ -130,7 +130,7 @@ def threads_of(code="", **environment):
     """What torch and charrnn_fast use in a new interpreter that first runs ``code``."""
     script = (
         f"import json, os\n{code}\nimport torch\nfrom charrnn_fast import _C\n"
-        "print(json.dumps([torch.get_num_threads(), _C.threads()]))"
+        "print(json.dumps([torch.get_num_threads(), _C.machine()[0]]))"
     )
     ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     variables = {name: value for name, value in os.environ.items() if name not in ours}
@@ -156,7 +156,7 @@ def test_set_num_threads():
     """So is what torch is told; a plan of that many runs is never larger."""
     for threads in (1, 3, 17):
         torch.set_num_threads(threads)
-        assert _C.threads() == threads or threads == (os.cpu_count() or 1)
+        assert _C.machine()[0] == threads or threads == (os.cpu_count() or 1)
         for B, H in ((1, 2048), (500, 64)):
             assert _C.plan(100, B, 100 * B, 64, H, 2, True)[0] <= threads
 
@@ -217,3 +217,25 @@ def test_large_teams(threads, sizes):
     alone = run(rnn, x)
     torch.set_num_threads(threads)
     assert_same(run(rnn, x), alone, rtol=0, atol=0)
+
+
+def test_the_table_of_threads():
+    """`charrnn-fast bench --threads`: each cell, size and pass with each number of threads."""
+    assert scaling.thread_numbers(6) == [1, 2, 4, 6]
+    assert scaling.thread_numbers(1) == [1]
+    rows = list(scaling.measure(0.0, 3, ((20, 2, 8, 16), (30, 1, 8, 400))))
+    assert {row.threads for row in rows} == {1, 2, 3}
+    assert all(row.milliseconds > 0 and row.members <= row.threads for row in rows)
+    lines = scaling.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) / 3
+    assert "30 x 1 x 8 x 400" in lines[-1]
+    assert f"torch {torch.__version__} uses" in scaling.machine()
+
+
+def test_bench_threads_without_a_number(monkeypatch, capsys):
+    """With a number it stays the option of training."""
+    monkeypatch.setattr(scaling, "measure", lambda seconds, most: iter(()))
+    cli.main(["bench", "--threads"])
+    assert "One thread in ms" in capsys.readouterr().out
+    cli.main(["bench", "--threads", "1", "--hidden-size", "8", "--seconds", "0.01"])
+    assert "1 threads; characters/s" in capsys.readouterr().out
