@@ -147,16 +147,3 @@ ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
   const Vec<scalar> zero = {};
   return select<scalar>(y <= zero, zero, g);
 }
-
-// act of some rows in columns [first, last).
-template <Cell cell, typename Sum, typename scalar>
-void activate_rows(const Sum* const* rows, scalar* const* out, int64_t count, int64_t first,
-                   int64_t last) {
-  constexpr int L = kLanes<Sum>;
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = first; j < last; j += L) {
-      const int64_t n = last - j < L ? last - j : L;
-      store_lanes(out[i] + j, activate<cell, Sum>(load_lanes(rows[i] + j, n)), n);
-    }
-  }
-}

@@ -4,10 +4,10 @@
 // Sums over the rows of one part of the sequences (see gradient_parts); null where not asked for.
 template <typename Sum>
 struct WeightSums {
-  Sum* dW_ih;     // [H, I]
-  Sum* dW_hh;     // [H, H]
-  Sum* db;        // [H]
-  double* table;  // for ids: dW_ih', [I, H], as far as ids were seen
+  Sum* dW_ih;     // [G*H, I]
+  Sum* dW_hh;     // [G*H, H]
+  Sum* db;        // [sums*H]: of the deltas of every sum
+  double* table;  // for ids: dW_ih', [I, G*H] in the order of the sums, as far as ids were seen
   bool* seen;     // [I], each member's own of its parts
 };
 
@@ -17,21 +17,35 @@ template <typename scalar>
 struct DeltaRows {
   scalar* rows;
   const int64_t* step_row;  // row of each step; null: t * slots
-  int64_t first_slot, slots, H;
+  int64_t first_slot, slots;
+  int64_t width;  // of a row: all sums of every unit, [sums][H]
 
   scalar* operator()(int64_t t, int64_t slot) const {
     const int64_t step = step_row != nullptr ? step_row[t] : t * slots;
-    return rows + (step + slot - first_slot) * H;
+    return rows + (step + slot - first_slot) * width;
+  }
+  // From a step to the one after it in the direction of +1 or -1.
+  int64_t distance(int64_t t, int64_t direction) const {
+    return (step_row != nullptr ? step_row[t + direction] - step_row[t] : direction * slots) * width;
+  }
+  // How many of `steps` steps from t on lie as far apart as t does from the one before it.
+  int64_t regular(int64_t t, int64_t steps, int64_t direction) const {
+    if (step_row == nullptr) return steps;
+    const int64_t first = distance(t - direction, direction);
+    int64_t n = 1;
+    while (n < steps && distance(t + (n - 1) * direction, direction) == first) ++n;
+    return n;
   }
 };
 
-template <typename scalar>
+template <typename CellType, typename scalar>
 struct BackwardSpace {
   using Sum = SumOf<scalar>;
   static constexpr int kMostParts = 2;
   // The first part is summed in the results, where they are of the type of sums.
   static constexpr bool kSumsAreResults = std::is_same_v<Sum, scalar>;
 
+  int64_t K;           // terms of a product of deltas: G*H
   Panels<Sum> hidden;  // columns of W_hh, of dW_hh
   Panels<Sum> inputs;  // columns of W_ih, of dW_ih
   int parts;
@@ -45,6 +59,7 @@ struct BackwardSpace {
   int first_part, last_part;  // of the group
   Range slots;                // of those
   DeltaRows<scalar> delta;
+  Sum* carry;  // [B][padded H], by slot
 
   // What is packed. Of sequences of one step only dh0 needs W_hh.
   bool packs_recurrent, packs_input;
@@ -52,15 +67,17 @@ struct BackwardSpace {
   Team packers;
   PackedOf<scalar>* recurrent;  // W_hh in panels
   PackedOf<scalar>* input;      // W_ih in panels
-  scalar* zeros;                // a row for whatever is absent
+  Sum* zero_sums;               // a row for whatever is absent
+  scalar* zeros;                // the same memory
 
   // Each member's own:
-  int64_t* step_row;         // of its group, when it is one of several and sequences are packed
+  int64_t* step_row;         // of delta, when sequences differ in length
   PackedOf<scalar>* packed;  // what OuterProducts packs
   size_t bytes;
 
   BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
-      : hidden(args.H),
+      : K(kGates<CellType> * args.H),
+        hidden(args.H),
         inputs(args.I),
         parts(gradient_parts(args.cell, args.seq.B, args.seq.N, args.H)) {
     const Sequences& seq = args.seq;
@@ -70,7 +87,7 @@ struct BackwardSpace {
     first_part = team.rank / group.size * (parts / groups);
     last_part = first_part + parts / groups;
     slots = {first_slot_of_part(seq, first_part, parts), first_slot_of_part(seq, last_part, parts)};
-    const bool apart = by_batch && args.H * (args.H + args.I) <= kPackedByAll;
+    const bool apart = by_batch && K * (args.H + args.I) <= kPackedByAll;
     packers = subteam(team, apart ? team.size : 1);
     packs_recurrent = length_of(seq, 0) > 1 || (args.dh0 != nullptr && seq.B > kThinRows<scalar>);
     packs_input = args.dx != nullptr && seq.N > kThinRows<scalar>;
@@ -87,23 +104,27 @@ struct BackwardSpace {
         }
         return result != nullptr ? arena.take<Sum>(direct ? 0 : n) : nullptr;
       };
-      sums[part] = {take(dense ? args.dW_ih : nullptr, args.H * args.I),
-                    take(args.dW_hh, args.H * args.H), take(args.db_ih, args.H),
-                    tokens ? arena.take<double>(args.I * args.H) : nullptr, nullptr};
+      const bool biases = args.db_ih != nullptr || args.db_hh != nullptr;
+      sums[part] = {take(dense ? args.dW_ih : nullptr, K * args.I), take(args.dW_hh, K * args.H),
+                    biases ? arena.take<Sum>(kSums<CellType> * args.H) : nullptr,
+                    tokens ? arena.take<double>(args.I * K) : nullptr, nullptr};
       arena.next_page();
     }
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
       const auto take = [&](bool wanted, const Panels<Sum>& panels) {
-        const int64_t n = wanted ? packed_rows<scalar>(args.H) * panels.padded_columns() : 0;
-        return arena.take<PackedOf<scalar>>(n);
+        return arena.take<PackedOf<scalar>>(wanted ? packed_size<scalar>(panels, K) : 0);
       };
       recurrent = take(packs_recurrent, hidden);
       input = take(packs_input, inputs);
-      zeros = arena.take<scalar>(zero_columns());
+      zero_sums = arena.take<Sum>(zero_columns());
+      zeros = reinterpret_cast<scalar*>(zero_sums);
     });
+    arena.next_page();
+    carry = arena.take<Sum>(CellType::kCarries ? seq.B * hidden.padded_columns() : 0);
     arena.take_each(team.size, team.rank, [&] {
-      step_row = groups > 1 && seq.step_row != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
-      packed = arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H));
+      step_row = seq.lengths != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
+      packed =
+          arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H, kSums<CellType>));
     });
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {
@@ -114,11 +135,15 @@ struct BackwardSpace {
     }
     bytes = arena.used();
 
-    const Range before = {0, slots.first};
-    const int64_t rows_before =
-        seq.step_row != nullptr ? rows_in(seq, before, {0, seq.T}) : seq.T * slots.first;
-    delta = {args.delta + rows_before * args.H, groups > 1 ? step_row : seq.step_row, slots.first,
-             slots.last - slots.first, args.H};
+    const int64_t width = kSums<CellType> * args.H;
+    const int64_t rows_before = rows_in(seq, {0, slots.first}, {0, seq.T});
+    delta = {args.delta + rows_before * width, step_row, slots.first, slots.last - slots.first,
+             width};
+  }
+
+  // The terms of a product of deltas: of the sums that h, or the input, has part in.
+  const scalar* delta_of_state(int64_t t, int64_t slot, int64_t H) const {
+    return delta(t, slot) + kFirstOfState<CellType> * H;
   }
 
   int64_t zero_columns() const {
@@ -129,23 +154,35 @@ struct BackwardSpace {
 
 template <typename scalar>
 size_t backward_workspace(const BackwardArgs<scalar>& args, int team_size) {
-  return BackwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
+  return with_cell(args.cell, [&](auto cell) {
+    return BackwardSpace<decltype(cell), scalar>(args, Team{0, team_size, nullptr, nullptr},
+                                                 nullptr)
+        .bytes;
+  });
 }
 
-template <typename scalar>
-void prepare_backward(const BackwardArgs<scalar>& args, const BackwardSpace<scalar>& space) {
+template <typename CellType, typename scalar>
+void prepare_backward(const BackwardArgs<scalar>& args,
+                      const BackwardSpace<CellType, scalar>& space) {
   const Team& team = space.packers;
-  if (team.rank == 0) std::memset(space.zeros, 0, space.zero_columns() * sizeof(scalar));
-  const Range mine = share(space.packs_recurrent ? space.hidden.count : 0, team);
-  const int64_t rows = packed_rows<scalar>(args.H);
-  for (int64_t p = mine.first; p < mine.last; ++p) {
-    pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, args.H, space.hidden, p,
-                      space.recurrent + space.hidden.first_column(p) * rows);
+  if (team.rank == 0) {
+    std::memset(space.zero_sums, 0, space.zero_columns() * sizeof(*space.zero_sums));
   }
+  const int64_t K = space.K;
+  const Range mine = share(space.packs_recurrent ? space.hidden.count : 0, team);
+  for (int64_t p = mine.first; p < mine.last; ++p) {
+    pack_rows<scalar>([&](int64_t k) { return args.W_hh + k * args.H; }, K, space.hidden, p,
+                      space.recurrent + packed_place<scalar>(space.hidden, p, K));
+  }
+  // In the order of the sums.
+  const auto row_of_W_ih = [&](int64_t k) {
+    const int64_t row = k + CellType::kRotation * args.H;
+    return args.W_ih + (row < K ? row : row - K) * args.I;
+  };
   const Range also = share(space.packs_input ? space.inputs.count : 0, team);
   for (int64_t p = also.first; p < also.last; ++p) {
-    pack_rows<scalar>([&](int64_t k) { return args.W_ih + k * args.I; }, args.H, space.inputs, p,
-                      space.input + space.inputs.first_column(p) * rows);
+    pack_rows<scalar>(row_of_W_ih, K, space.inputs, p,
+                      space.input + packed_place<scalar>(space.inputs, p, K));
   }
   if (space.step_row != nullptr) {
     int64_t row = 0, end = space.slots.last;

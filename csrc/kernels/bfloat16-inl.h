@@ -90,6 +90,7 @@ inline void pack_transposed_rows(const bfloat16* source, int64_t ld, int64_t K, 
                                  uint32_t* target, int64_t stride) {
   constexpr int64_t kLine = 16;  // pairs in a cache line of a row of W, used up before it is left
   const int64_t pairs = packed_rows<bfloat16>(K), whole = K / 2;
+  const int64_t filled = (n + 15) / 16 * 16;
   int64_t done = 0, packed = 0;  // of so many columns, so many pairs
   if (ld % 2 == 0) {             // a pair is moved as a float is: its bits stay what they are
     packed = whole / kLine * kLine;
@@ -103,7 +104,7 @@ inline void pack_transposed_rows(const bfloat16* source, int64_t ld, int64_t K, 
   }
   for (int64_t line = 0; line < pairs; line += kLine) {
     const int64_t end = line + kLine < pairs ? line + kLine : pairs;
-    for (int64_t j = line < packed ? done : 0; j < stride; ++j) {
+    for (int64_t j = line < packed ? done : 0; j < filled; ++j) {
       for (int64_t k = line; k < end; ++k) {
         uint32_t two = 0;
         if (j < n) std::memcpy(&two, source + j * ld + 2 * k, k < whole ? 4 : 2);

@@ -25,90 +25,142 @@ bool gathers_ids(const ForwardArgs<scalar>& args) {
   return args.ids != nullptr && 8 * args.seq.N < args.I;
 }
 
-template <typename scalar>
+template <typename CellType, typename scalar>
 struct ForwardSpace {
   using Sum = SumOf<scalar>;
 
   Panels<Sum> panels;
+  int64_t width;       // of a row of all sums: those of each vector of units side by side
+  int64_t chunk_rows;  // see kChunkRows; a step of a block fits in any case
   // Shared by the members that pack it.
   Team packers;
   PackedOf<scalar>* input;      // W_ih' in panels; unless ids are given
-  Sum* table;                   // for those: W_ih' + bias, [I][padded H]
+  Sum* table;                   // for those: W_ih' + biases, [I][width]
   PackedOf<scalar>* recurrent;  // W_hh' in panels
-  Sum* bias;                    // b_ih + b_hh, padded
+  Sum* bias;                    // [width]: b_ih, b_hh, or their sum
+  scalar* zeros;                // [H], for sequences that start from zeros among others
   // Each member's own: what its next steps make of x. It does not wait in y, where each element
   // would be written twice: another core that fetches ahead may take the line away in between.
-  Sum* projected;  // [kChunkRows][padded H]
+  Sum* projected;  // [chunk_rows][width]
+  Sum* c;          // [kBlockSlots][padded H]: of a block's slots
   size_t bytes;
 
-  ForwardSpace(const ForwardArgs<scalar>& args, const Team& team, void* base) : panels(args.H) {
-    const bool apart = args.split == Split::kBatch && args.H * (args.H + args.I) <= kPackedByAll;
+  ForwardSpace(const ForwardArgs<scalar>& args, const Team& team, void* base)
+      : panels(args.H, kGates<CellType>), width(panels.padded_columns() * kSums<CellType>) {
+    const int64_t weights = kGates<CellType> * args.H * (args.H + args.I);
+    const bool apart = args.split == Split::kBatch && weights <= kPackedByAll;
     packers = subteam(team, apart ? team.size : 1);
+    chunk_rows = kChunkRows;
+    if (kSums<CellType> > 1 && width > 0) {
+      chunk_rows = kChunkSums / width;
+      const int64_t least = args.seq.B < kBlockSlots ? args.seq.B : kBlockSlots;
+      if (chunk_rows < least) chunk_rows = least;
+      if (chunk_rows > kChunkRows) chunk_rows = kChunkRows;
+    }
     Arena arena(base);
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
       const bool tokens = args.ids != nullptr;
-      input = tokens ? nullptr : arena.take<PackedOf<scalar>>(packed_size(args.I));
-      table = tokens ? arena.take<Sum>(args.I * panels.padded_columns()) : nullptr;
-      recurrent = arena.take<PackedOf<scalar>>(packed_size(args.H));
-      bias = arena.take<Sum>(panels.padded_columns());
+      input = tokens ? nullptr
+                     : arena.take<PackedOf<scalar>>(packed_size<scalar>(panels, args.I));
+      table = tokens ? arena.take<Sum>(args.I * width) : nullptr;
+      recurrent = arena.take<PackedOf<scalar>>(packed_size<scalar>(panels, args.H));
+      bias = arena.take<Sum>(width);
+      zeros = args.seq.start_row != nullptr ? arena.take<scalar>(args.H) : nullptr;
     });
-    arena.take_each(team.size, team.rank,
-                    [&] { projected = arena.take<Sum>(kChunkRows * panels.padded_columns()); });
+    arena.take_each(team.size, team.rank, [&] {
+      projected = arena.take<Sum>(chunk_rows * width);
+      c = kHasState<CellType> ? arena.take<Sum>(kBlockSlots * panels.padded_columns()) : nullptr;
+    });
     bytes = arena.used();
   }
 
-  int64_t packed_size(int64_t K) const { return packed_rows<scalar>(K) * panels.padded_columns(); }
+  // The first of the sums of the units of a panel in a row of all.
+  int64_t sums_of(int64_t panel) const { return panels.first_column(panel) * kSums<CellType>; }
 };
 
 template <typename scalar>
 size_t forward_workspace(const ForwardArgs<scalar>& args, int team_size) {
   if (slots_longer_than_one(args.seq) == 0) return 0;
-  return ForwardSpace<scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr).bytes;
+  return with_cell(args.cell, [&](auto cell) {
+    return ForwardSpace<decltype(cell), scalar>(args, Team{0, team_size, nullptr, nullptr}, nullptr)
+        .bytes;
+  });
 }
 
-template <typename scalar>
-void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space) {
+template <typename CellType, typename scalar>
+void pack_forward(const ForwardArgs<scalar>& args, const ForwardSpace<CellType, scalar>& space) {
+  constexpr int L = kLanes<SumOf<scalar>>;
   const Range mine = share(space.panels.count, space.packers);
   const int64_t first = space.panels.first_column(mine.first);
   const int64_t last = space.panels.first_column(mine.last);
-  add_biases(args, first, last, space.bias + first);
+  for (int64_t j = first; j < last; j += L) {
+    for (int s = 0; s < kSums<CellType>; ++s) {
+      add_biases<CellType>(args, s, j, j + L, space.bias + j * kSums<CellType> + s * L);
+    }
+  }
+  if (space.zeros != nullptr && space.packers.rank == 0) {
+    std::memset(space.zeros, 0, args.H * sizeof(scalar));
+  }
   pack_transposed(args.W_hh, args.H, space.panels, mine.first, mine.last, space.recurrent);
+  const auto block = [](int g) { return input_block<CellType>(g); };
   if (args.ids == nullptr) {
-    return pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input);
+    return pack_transposed(args.W_ih, args.I, space.panels, mine.first, mine.last, space.input,
+                           block);
   }
   if (gathers_ids(args)) return;
-  constexpr int L = kLanes<SumOf<scalar>>;
-  const int64_t ld = space.panels.padded_columns();
+  const int64_t ld = space.width;
   const int64_t end = last < args.H ? last : args.H;
-  pack_transposed_rows(args.W_ih + first * args.I, args.I, args.I, end - first, space.table + first,
-                       ld);
+  // All units of one gate at once, or each vector of them for every gate.
+  const int64_t at_once = kSums<CellType> == 1 ? end - first : L;
+  for (int64_t j = first; j < end; j += at_once) {
+    const int64_t n = end - j < at_once ? end - j : at_once;
+    for (int g = 0; g < kGates<CellType>; ++g) {
+      pack_transposed_rows(args.W_ih + (block(g) * args.H + j) * args.I, args.I, args.I, n,
+                           space.table + j * kSums<CellType> + g * L, ld);
+    }
+  }
   for (int64_t v = 0; v < args.I; ++v) {
     SumOf<scalar>* entry = space.table + v * ld;
-    for (int64_t j = first; j < last; j += L)
-      store(entry + j, load(entry + j) + load(space.bias + j));
+    for (int64_t j = first * kSums<CellType>; j < last * kSums<CellType>; j += L) {
+      const bool of_state_alone =
+          kFirstOfState<CellType> > 0 && j / L % kSums<CellType> >= kGates<CellType>;
+      const auto bias = load(space.bias + j);
+      store(entry + j, of_state_alone ? bias : load(entry + j) + bias);
+    }
   }
 }
 
-// x W_ih' + bias for some rows, one after the other, in the columns of some panels.
-template <typename scalar>
-void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range mine,
-             const int64_t* rows, int64_t count) {
+// The sums of the input and the biases for some rows, one after the other, of the units of some
+// panels.
+template <typename CellType, typename scalar>
+void project(const ForwardArgs<scalar>& args, const ForwardSpace<CellType, scalar>& space,
+             Range mine, const int64_t* rows, int64_t count) {
   using Sum = SumOf<scalar>;
+  constexpr int64_t L = kLanes<Sum>;
   const Panels<Sum>& panels = space.panels;
   Sum* out[kChunkRows];
-  for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * panels.padded_columns();
+  for (int64_t i = 0; i < count; ++i) out[i] = space.projected + i * space.width;
   if (args.ids != nullptr) {
     const int64_t first = panels.first_column(mine.first);
-    const int64_t end = panels.first_column(mine.last), last = end < args.H ? end : args.H;
+    const int64_t last = panels.first_column(mine.last);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t id = args.ids[rows[i]];
       if (gathers_ids(args)) {
         for (int64_t j = first; j < last; ++j) {
-          out[i][j] = as_sum(args.W_ih[j * args.I + id]) + space.bias[j];
+          const int64_t at = j / L * L * kSums<CellType> + j % L;
+          for (int s = 0; s < kSums<CellType>; ++s) {
+            Sum sum = space.bias[at + s * L];
+            if (s < kGates<CellType> && j < args.H) {
+              const int64_t row = input_block<CellType>(s) * args.H + j;
+              sum = as_sum(args.W_ih[row * args.I + id]) + sum;
+            }
+            out[i][at + s * L] = sum;
+          }
         }
       } else {
-        std::memcpy(out[i] + first, space.table + id * panels.padded_columns() + first,
-                    (last - first) * sizeof(Sum));
+        const int64_t from = space.sums_of(mine.first), to = space.sums_of(mine.last);
+        std::memcpy(out[i] + from, space.table + id * space.width + from,
+                    (to - from) * sizeof(Sum));
       }
     }
     return;
@@ -121,17 +173,40 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space,
   }
   TileArgs<scalar, Sum, Sum> product = {.a = x, .K = args.I, .init = bias, .out = out};
   for (int64_t p = mine.first; p < mine.last; ++p) {
-    multiply_rows<Finish::kStore>(product, count, panels, p, space.input);
+    multiply_rows<Store<kSums<CellType>>>(product, count, panels, p, space.input);
+  }
+}
+
+// A step of rows that start from zeros: their sums are those of the input alone.
+template <typename CellType, typename scalar>
+void forward_from_zeros(const TileArgs<scalar, SumOf<scalar>>& args, Range rows, Range units) {
+  constexpr int L = kLanes<SumOf<scalar>>;
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    const ForwardRow<scalar> out = {
+        .y = args.out[i],
+        .saved = args.saved != nullptr ? args.saved[i] : nullptr,
+        .cells = args.cells != nullptr ? args.cells[i] : nullptr};
+    for (int64_t j = units.first; j < units.last; j += L) {
+      const int64_t n = units.last - j < L ? units.last - j : L;
+      Vec<SumOf<scalar>> sums[kSums<CellType>];
+#pragma GCC unroll 4
+      for (int s = 0; s < kSums<CellType>; ++s) {
+        sums[s] = load(args.init[i] + j * kSums<CellType> + s * L);
+      }
+      SumOf<scalar>* c = kHasState<CellType> ? args.carry[i] + j : nullptr;
+      forward_units<CellType>(sums, Vec<SumOf<scalar>>{}, out, c, j, n, args.H);
+    }
   }
 }
 
 // Runs slots [slots.first, slots.last), at most kBlockSlots of them, through all steps, computing
-// the columns of some panels. Between steps it waits for the team when others compute the other
-// columns.
-template <Cell cell, typename scalar>
-void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& space, Range slots,
-                   Range mine, const Team* others) {
+// the units of some panels. Between steps it waits for the team when others compute the other
+// units.
+template <typename CellType, typename scalar>
+void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType, scalar>& space,
+                   Range slots, Range mine, const Team* others) {
   using Sum = SumOf<scalar>;
+  constexpr int64_t kSaved = CellType::kSizes.saved;
   const Panels<Sum>& panels = space.panels;
   const Sequences& seq = args.seq;
   const int64_t first = panels.first_column(mine.first);
@@ -139,18 +214,53 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   const int64_t last = end < args.H ? end : args.H;
 
   int64_t slot[kBlockSlots];
-  for (int64_t i = 0; i < slots.last - slots.first; ++i) slot[i] = inwards(seq, slots, i);
+  Sum* c[kBlockSlots];
+  for (int64_t i = 0; i < slots.last - slots.first; ++i) {
+    slot[i] = inwards(seq, slots, i);
+    if constexpr (kHasState<CellType>) {
+      c[i] = space.c + i * panels.padded_columns();
+      const scalar* c0 =
+          state_or<scalar>(args.c0, start_row_of(seq, slot[i]), args.H, nullptr);
+      for (int64_t j = first; j < last; j += kLanes<Sum>) {
+        const int64_t n = last - j < kLanes<Sum> ? last - j : kLanes<Sum>;
+        store(c[i] + j, c0 != nullptr ? load_lanes(c0 + j, n) : Vec<Sum>{});
+      }
+    }
+  }
+  if constexpr (kFirstOfState<CellType> > 0) {
+    // Sums that the input has no part in; projections leave them as they are.
+    for (int64_t i = 0; args.ids == nullptr && i < space.chunk_rows; ++i) {
+      for (int64_t p = mine.first; p < mine.last; ++p) {
+        constexpr int64_t L = kLanes<Sum>;
+        const int64_t at = space.sums_of(p) + kGates<CellType> * L;
+        store(space.projected + i * space.width + at, load(space.bias + at));
+      }
+    }
+  }
   StepWalk walk(seq, slots.first, slots.last, args.reverse);
   StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
   int64_t projected = 0;  // steps projected and not yet run
   int64_t rows[kChunkRows];
-  const int64_t ld_projected = panels.padded_columns();
   const Sum* from_input = nullptr;  // the next row of space.projected
   const scalar* previous[kBlockSlots];
   const Sum* init[kBlockSlots];
   scalar* current[kBlockSlots];
+  scalar* saved[kBlockSlots];
+  scalar* cells[kBlockSlots];
   TileArgs<scalar, Sum> product = {.a = previous, .K = args.H, .init = init, .out = current};
-  product.a_step = product.out_step = (args.reverse ? -seq.step_rows : seq.step_rows) * args.ldy;
+  product.H = args.H;
+  product.projected = init;
+  product.carry = c;
+  const int64_t step_rows = args.reverse ? -seq.step_rows : seq.step_rows;
+  product.a_step = product.out_step = step_rows * args.ldy;
+  if (args.saved != nullptr) {
+    product.saved = saved;
+    product.saved_step = step_rows * kSaved * args.H;
+  }
+  if (args.cells != nullptr) {
+    product.cells = cells;
+    product.cells_step = step_rows * args.ldcells;
+  }
   const int64_t rows_running = rows_of_running_tile(panels);
   // A table's rows are read where they are, but by a tile that runs step after step.
   const bool looks_up = args.ids != nullptr && !gathers_ids(args) && rows_running == 0;
@@ -158,7 +268,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
   while (walk.next()) {
     if (projected == 0 && !looks_up) {
       int64_t count = 0;
-      while (count + (slots.last - slots.first) <= kChunkRows && ahead.next()) {
+      while (count + (slots.last - slots.first) <= space.chunk_rows && ahead.next()) {
         for (int64_t i = 0; i < ahead.running; ++i) {
           rows[count++] = row_of(seq, ahead.t, slot[i]);
         }
@@ -173,8 +283,9 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     for (int64_t i = 0; i < walk.running; ++i) {
       const int64_t row = row_of(seq, walk.t, slot[i]);
       current[i] = args.y + row * args.ldy;
-      init[i] =
-          looks_up ? space.table + args.ids[row] * ld_projected : from_input + i * ld_projected;
+      if (args.saved != nullptr) saved[i] = args.saved + row * kSaved * args.H;
+      if (args.cells != nullptr) cells[i] = args.cells + row * args.ldcells;
+      init[i] = looks_up ? space.table + args.ids[row] * space.width : from_input + i * space.width;
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
       previous[i] = args.y + row_of(seq, before, slot[i]) * args.ldy;
@@ -183,7 +294,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
       active = walk.continuing;
     } else {
       for (int64_t i = walk.continuing; i < walk.running; ++i) {
-        previous[i] = args.h0 + state_row_of(seq, slot[i]) * args.H;
+        previous[i] = state_or<scalar>(args.h0, start_row_of(seq, slot[i]), args.H, space.zeros);
       }
     }
     product.steps = 1;
@@ -194,32 +305,37 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<scalar>& 
     }
     if (!looks_up) {
       projected -= product.steps;
-      product.init_step = walk.running * ld_projected;
+      product.init_step = walk.running * space.width;
       from_input += product.steps * product.init_step;
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<Finish::kActivate, cell>(product, active, panels, p, space.recurrent);
+      multiply_rows<ForwardOf<CellType>>(product, active, panels, p, space.recurrent);
     }
     backwards = !backwards;
-    if (active < walk.running) {  // sequences that start from zeros
-      activate_rows<cell>(init + active, current + active, walk.running - active, first, last);
-    }
+    forward_from_zeros<CellType>(product, {active, walk.running}, {first, last});
     if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);
   }
-  for (int64_t i = slots.first; i < slots.last; ++i) {
-    const scalar* y = args.y + row_of(seq, last_step(seq, i, args.reverse), i) * args.ldy;
-    std::memcpy(args.h_n + state_row_of(seq, i) * args.H + first, y + first,
-                (last - first) * sizeof(scalar));
+  for (int64_t i = 0; i < slots.last - slots.first; ++i) {
+    const int64_t state = end_row_of(seq, slot[i]);
+    if (state < 0) continue;
+    const scalar* y = args.y + row_of(seq, last_step(seq, slot[i], args.reverse), slot[i]) * args.ldy;
+    std::memcpy(args.h_n + state * args.H + first, y + first, (last - first) * sizeof(scalar));
+    if constexpr (kHasState<CellType>) {
+      for (int64_t j = first; j < last; j += kLanes<Sum>) {
+        const int64_t n = last - j < kLanes<Sum> ? last - j : kLanes<Sum>;
+        store_lanes(args.c_n + state * args.H + j, load(c[i] + j), n);
+      }
+    }
   }
 }
 
-template <Cell cell, typename scalar>
+template <typename CellType, typename scalar>
 void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   const int64_t longer = slots_longer_than_one(args.seq);
-  if (longer < args.seq.B) forward_one_step<cell>(args, {longer, args.seq.B}, team);
+  if (longer < args.seq.B) forward_one_step<CellType>(args, {longer, args.seq.B}, team);
   if (longer == 0) return;
-  const ForwardSpace<scalar> space(args, team, args.workspace);
+  const ForwardSpace<CellType, scalar> space(args, team, args.workspace);
   pack_forward(args, space);
   wait_for(space.packers);
   const bool hidden = args.split == Split::kHidden;
@@ -230,18 +346,11 @@ void forward_all(const ForwardArgs<scalar>& args, const Team& team) {
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t n = slots.last - slots.first;
     const Range block = {slots.first + i * n / blocks, slots.first + (i + 1) * n / blocks};
-    forward_block<cell>(args, space, block, panels, hidden ? &team : nullptr);
+    forward_block(args, space, block, panels, hidden ? &team : nullptr);
   }
 }
 
 template <typename scalar>
 void forward(const ForwardArgs<scalar>& args, const Team& team) {
-  switch (args.cell) {
-    case Cell::kTanh:
-      return forward_all<Cell::kTanh>(args, team);
-    case Cell::kRelu:
-      return forward_all<Cell::kRelu>(args, team);
-    case Cell::kSigmoid:
-      return forward_all<Cell::kSigmoid>(args, team);
-  }
+  with_cell(args.cell, [&](auto cell) { forward_all<decltype(cell)>(args, team); });
 }

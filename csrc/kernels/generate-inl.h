@@ -3,37 +3,44 @@
 // Streams that draw together: a running sum waits for each addition, so several go side by side.
 constexpr int kDrawTogether = 4;
 
-template <typename scalar>
+template <typename CellType, typename scalar>
 struct GenerateSpace {
-  Panels<scalar> hidden;  // columns of the recurrent products
-  Panels<scalar> scores;  // columns of the head
-  int64_t layers, block;
-  scalar* table;      // [V][padded H]: W_ih' + bias of the first layer
+  Panels<scalar> hidden;
+  Panels<scalar> scores;
+  int64_t layers;
+  int64_t block;  // streams that run together
+  int64_t width;  // of a row of all sums of every unit
+  scalar* table;      // [V][width]: W_ih' of the first layer + biases
   scalar* input;      // [layers - 1] of W_ih' in panels
   scalar* recurrent;  // [layers] of W_hh' in panels
-  scalar* bias;       // [layers][padded H]: b_ih + b_hh
+  scalar* bias;       // [layers][width]
   scalar* head;       // W_out' in panels
   scalar* head_bias;  // [padded V]
   scalar* states;     // [2][layers][block][padded H]: before a step and after it, in turns
+  scalar* c;          // [layers][block][padded H]
+  scalar* sums;       // [layers - 1][block][width]: of a layer's input
   scalar* logits;     // [block][padded V], -infinity beyond V
   double* weights;    // [kDrawTogether][padded V]: of some streams' characters, zero beyond V
   scalar* totals;     // [kDrawTogether][padded V]: their running sums
   size_t bytes;
 
   GenerateSpace(const GenerateArgs<scalar>& args, void* base)
-      : hidden(args.H),
+      : hidden(args.H, kGates<CellType>),
         scores(args.V),
         layers(args.layers),
-        block(args.S < kBlockSlots ? args.S : kBlockSlots) {
+        block(args.S < kBlockSlots ? args.S : kBlockSlots),
+        width(hidden.padded_columns() * kSums<CellType>) {
     const int64_t H = hidden.padded_columns(), V = scores.padded_columns();
     Arena arena(base);
-    table = arena.take<scalar>(args.V * H);
-    input = arena.take<scalar>((layers - 1) * args.H * H);
-    recurrent = arena.take<scalar>(layers * args.H * H);
-    bias = arena.take<scalar>(layers * H);
+    table = arena.take<scalar>(args.V * width);
+    input = arena.take<scalar>((layers - 1) * packed_size<scalar>(hidden, args.H));
+    recurrent = arena.take<scalar>(layers * packed_size<scalar>(hidden, args.H));
+    bias = arena.take<scalar>(layers * width);
     head = arena.take<scalar>(args.H * V);
     head_bias = arena.take<scalar>(V);
     states = arena.take<scalar>(2 * layers * block * H);
+    c = arena.take<scalar>(kHasState<CellType> ? layers * block * H : 0);
+    sums = arena.take<scalar>((layers - 1) * block * width);
     logits = arena.take<scalar>(block * V);
     weights = arena.take<double>(kDrawTogether * V);
     totals = arena.take<scalar>(kDrawTogether * V);
@@ -43,35 +50,54 @@ struct GenerateSpace {
   scalar* state(int64_t step, int64_t layer, int64_t stream) const {
     return states + ((step % 2 * layers + layer) * block + stream) * hidden.padded_columns();
   }
+  scalar* c_of(int64_t layer, int64_t stream) const {
+    return c + (layer * block + stream) * hidden.padded_columns();
+  }
 };
 
 template <typename scalar>
 size_t generate_workspace(const GenerateArgs<scalar>& args) {
-  return GenerateSpace<scalar>(args, nullptr).bytes;
+  return with_cell(args.cell, [&](auto cell) {
+    return GenerateSpace<decltype(cell), scalar>(args, nullptr).bytes;
+  });
 }
 
-template <typename scalar>
-void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space) {
+template <typename CellType, typename scalar>
+void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<CellType, scalar>& space) {
+  constexpr int64_t L = kLanes<scalar>;
   const Panels<scalar>& hidden = space.hidden;
-  const int64_t padded = hidden.padded_columns();
+  const int64_t weights = packed_size<scalar>(hidden, args.H);
+  const auto block = [](int g) { return input_block<CellType>(g); };
   for (int64_t layer = 0; layer < args.layers; ++layer) {
-    scalar* bias = space.bias + layer * padded;
-    for (int64_t j = 0; j < padded; ++j) {
-      scalar b = 0;
-      if (j < args.H && args.b_ih != nullptr) b += args.b_ih[layer][j];
-      if (j < args.H && args.b_hh != nullptr) b += args.b_hh[layer][j];
-      bias[j] = b;
+    ForwardArgs<scalar> of_layer{};
+    of_layer.H = args.H;
+    of_layer.b_ih = args.b_ih != nullptr ? args.b_ih[layer] : nullptr;
+    of_layer.b_hh = args.b_hh != nullptr ? args.b_hh[layer] : nullptr;
+    for (int64_t j = 0; j < hidden.padded_columns(); j += L) {
+      for (int s = 0; s < kSums<CellType>; ++s) {
+        add_biases<CellType>(of_layer, s, j, j + L,
+                             space.bias + layer * space.width + j * kSums<CellType> + s * L);
+      }
     }
     pack_transposed(args.W_hh[layer], args.H, hidden, 0, hidden.count,
-                    space.recurrent + layer * args.H * padded);
+                    space.recurrent + layer * weights);
     if (layer > 0) {
       pack_transposed(args.W_ih[layer], args.H, hidden, 0, hidden.count,
-                      space.input + (layer - 1) * args.H * padded);
+                      space.input + (layer - 1) * weights, block);
+      for (int64_t s = 0; s < space.block; ++s) {
+        std::memcpy(space.sums + ((layer - 1) * space.block + s) * space.width,
+                    space.bias + layer * space.width, space.width * sizeof(scalar));
+      }
     }
   }
-  for (int64_t j = 0; j < padded; ++j) {
+  for (int64_t i = 0; i < space.width; ++i) {
+    const int64_t j = i / (kSums<CellType> * L) * L + i % L;
+    const int sum = static_cast<int>(i / L % kSums<CellType>);
+    const int64_t row = block(sum) * args.H + j;
+    const bool of_input = sum < kGates<CellType> && j < args.H;
     for (int64_t v = 0; v < args.V; ++v) {
-      space.table[v * padded + j] = j < args.H ? args.W_ih[0][j * args.V + v] + space.bias[j] : 0;
+      space.table[v * space.width + i] =
+          of_input ? args.W_ih[0][row * args.V + v] + space.bias[i] : space.bias[i];
     }
   }
   pack_transposed(args.W_out, args.H, space.scores, 0, space.scores.count, space.head);
@@ -86,11 +112,11 @@ void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>
 }
 
 // All columns of a product, b in panels.
-template <Finish finish, Cell cell = Cell::kRelu, typename scalar>
+template <typename End, typename scalar>
 void multiply(TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
               const scalar* packed) {
   for (int64_t p = 0; p < panels.count; ++p) {
-    multiply_rows<finish, cell>(product, rows, panels, p, packed);
+    multiply_rows<End>(product, rows, panels, p, packed);
   }
 }
 
@@ -251,8 +277,8 @@ int64_t choose(const double* weights, const scalar* totals, int64_t V, scalar un
 }
 
 // Draws one character for each of n streams.
-template <typename scalar>
-void draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
+template <typename CellType, typename scalar>
+void draw(const GenerateArgs<scalar>& args, const GenerateSpace<CellType, scalar>& space,
           scalar* const* logits, const scalar* uniforms, int64_t n, int64_t* drawn) {
   const int64_t V = args.V, ld = space.scores.padded_columns();
   if (args.temperature < std::numeric_limits<scalar>::min()) {
@@ -278,27 +304,38 @@ void draw(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
 
 // Runs streams [streams.first, streams.last), at most kBlockSlots of them, through all steps. False
 // when it was told to stop.
-template <Cell cell, typename scalar>
-bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar>& space,
+template <typename CellType, typename scalar>
+bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellType, scalar>& space,
                     Range streams) {
-  const int64_t H = args.H, padded = space.hidden.padded_columns();
+  const int64_t H = args.H;
   const int64_t width = space.scores.padded_columns();
   const int64_t n = streams.last - streams.first;
-  const auto state_row = [&](int64_t layer, int64_t stream) {
-    return args.state + (layer * args.ld + streams.first + stream) * H;
+  const auto state_row = [&](scalar* state, int64_t layer, int64_t stream) {
+    return state + (layer * args.ld + streams.first + stream) * H;
   };
+  if constexpr (kHasState<CellType>) {  // whole vectors of it are computed
+    std::memset(space.c, 0, space.layers * space.block * space.hidden.padded_columns() * sizeof(scalar));
+  }
   for (int64_t layer = 0; layer < args.layers; ++layer) {
     for (int64_t s = 0; s < n; ++s) {
-      std::memcpy(space.state(0, layer, s), state_row(layer, s), H * sizeof(scalar));
+      std::memcpy(space.state(0, layer, s), state_row(args.state, layer, s), H * sizeof(scalar));
+      if constexpr (kHasState<CellType>) {
+        std::memcpy(space.c_of(layer, s), state_row(args.cell_state, layer, s),
+                    H * sizeof(scalar));
+      }
     }
   }
-  const int64_t products = n * H * ((2 * args.layers - 1) * H + args.V);
+  const int64_t weights = packed_size<scalar>(space.hidden, H);
+  const int64_t products =
+      n * H * (kGates<CellType> * (2 * args.layers - 1) * H + args.V);
   const int64_t patience = kStopProducts / products + 1;  // steps between questions
 
   const scalar* init[kBlockSlots];
   const scalar* previous[kBlockSlots];
   const scalar* below[kBlockSlots];
   scalar* current[kBlockSlots];
+  scalar* sums[kBlockSlots];
+  scalar* c[kBlockSlots];
   scalar* logits[kBlockSlots];
   for (int64_t s = 0; s < n; ++s) logits[s] = space.logits + s * width;
 
@@ -309,24 +346,32 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
       for (int64_t s = 0; s < n; ++s) {
         previous[s] = space.state(i, layer, s);
         current[s] = space.state(i + 1, layer, s);
-        init[s] = layer == 0 ? space.table + tokens[s] * padded : space.bias + layer * padded;
+        init[s] = layer == 0 ? space.table + tokens[s] * space.width
+                             : space.bias + layer * space.width;
+        if constexpr (kHasState<CellType>) c[s] = space.c_of(layer, s);
       }
       if (layer > 0) {
-        for (int64_t s = 0; s < n; ++s) below[s] = space.state(i + 1, layer - 1, s);
-        TileArgs<scalar> input = {.a = below, .K = H, .init = init, .out = current};
-        multiply<Finish::kStore>(input, n, space.hidden, space.input + (layer - 1) * H * padded);
-        for (int64_t s = 0; s < n; ++s) init[s] = current[s];
+        for (int64_t s = 0; s < n; ++s) {
+          below[s] = space.state(i + 1, layer - 1, s);
+          sums[s] = space.sums + ((layer - 1) * space.block + s) * space.width;
+        }
+        TileArgs<scalar> input = {.a = below, .K = H, .init = init, .out = sums};
+        multiply<Store<kSums<CellType>>>(input, n, space.hidden,
+                                         space.input + (layer - 1) * weights);
+        for (int64_t s = 0; s < n; ++s) init[s] = sums[s];
       }
       TileArgs<scalar> recurrence = {.a = previous, .K = H, .init = init, .out = current};
-      multiply<Finish::kActivate, cell>(recurrence, n, space.hidden,
-                                        space.recurrent + layer * H * padded);
+      recurrence.H = H;
+      recurrence.projected = init;
+      recurrence.carry = c;
+      multiply<ForwardOf<CellType>>(recurrence, n, space.hidden, space.recurrent + layer * weights);
     }
     for (int64_t s = 0; s < n; ++s) {
       previous[s] = current[s];
       init[s] = space.head_bias;
     }
     TileArgs<scalar> scores = {.a = previous, .K = H, .init = init, .out = logits};
-    multiply<Finish::kStore>(scores, n, space.scores, space.head);
+    multiply<Store<>>(scores, n, space.scores, space.head);
     int64_t* drawn = args.drawn + i * args.ld + streams.first;
     const scalar* uniforms = args.uniforms + i * args.ld + streams.first;
     draw(args, space, logits, uniforms, n, drawn);
@@ -334,30 +379,25 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<scalar
   }
   for (int64_t layer = 0; layer < args.layers; ++layer) {
     for (int64_t s = 0; s < n; ++s) {
-      std::memcpy(state_row(layer, s), space.state(args.N, layer, s), H * sizeof(scalar));
+      std::memcpy(state_row(args.state, layer, s), space.state(args.N, layer, s),
+                  H * sizeof(scalar));
+      if constexpr (kHasState<CellType>) {
+        std::memcpy(state_row(args.cell_state, layer, s), space.c_of(layer, s),
+                    H * sizeof(scalar));
+      }
     }
   }
   return true;
 }
 
-template <Cell cell, typename scalar>
-void generate_all(const GenerateArgs<scalar>& args) {
-  const GenerateSpace<scalar> space(args, args.workspace);
-  pack_generate(args, space);
-  for (int64_t first = 0; first < args.S; first += space.block) {
-    const int64_t last = first + space.block < args.S ? first + space.block : args.S;
-    if (!generate_block<cell>(args, space, {first, last})) return;
-  }
-}
-
 template <typename scalar>
 void generate(const GenerateArgs<scalar>& args) {
-  switch (args.cell) {
-    case Cell::kTanh:
-      return generate_all<Cell::kTanh>(args);
-    case Cell::kRelu:
-      return generate_all<Cell::kRelu>(args);
-    case Cell::kSigmoid:
-      return generate_all<Cell::kSigmoid>(args);
-  }
+  with_cell(args.cell, [&](auto cell) {
+    const GenerateSpace<decltype(cell), scalar> space(args, args.workspace);
+    pack_generate(args, space);
+    for (int64_t first = 0; first < args.S; first += space.block) {
+      const int64_t last = first + space.block < args.S ? first + space.block : args.S;
+      if (!generate_block(args, space, {first, last})) return;
+    }
+  });
 }

@@ -6,9 +6,11 @@
 #include "bfloat16-inl.h"
 #endif
 #include "activations-inl.h"
+#include "cells-inl.h"
+#include "sequences-inl.h"
+#include "epilogues-inl.h"
 #include "tile-inl.h"
 #include "pack-inl.h"
-#include "sequences-inl.h"
 #include "one-step-inl.h"
 #include "forward-inl.h"
 #include "outer-inl.h"

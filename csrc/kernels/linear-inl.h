@@ -39,7 +39,7 @@ void linear(const LinearArgs<scalar>& args, const Team& team) {
     }
     done += count;
     for (int64_t p = 0; p < panels.count; ++p) {
-      multiply_rows<Finish::kStore>(product, count, panels, p, space.packed);
+      multiply_rows<Store<>>(product, count, panels, p, space.packed);
     }
   }
 }

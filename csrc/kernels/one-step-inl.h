@@ -45,7 +45,7 @@ ALWAYS_INLINE Few<double> sums_of_lanes(const Vec<double>* v) {
 constexpr int kOneStepRows = kTileVectors;
 constexpr int kOneStepColumns = kTileRows;
 
-// Rows and columns that are computed together.
+// Rows and columns that are computed together, if the cell has one sum.
 constexpr int64_t kOneStepBlock = 48;
 constexpr int64_t kOneStepWidth = 16 * kOneStepColumns;
 
@@ -160,44 +160,86 @@ void one_step_columns(const OneStep<scalar>& args, int64_t rows) {
   if (row < rows) one_step_tile<1, C>(args, row);
 }
 
-// b_ih + b_hh in columns [first, last), zero beyond the last one that exists.
-template <typename scalar>
-void add_biases(const ForwardArgs<scalar>& args, int64_t first, int64_t last, SumOf<scalar>* bias) {
+// The biases of one sum of units [first, last), zero beyond the last one that exists.
+template <typename CellType, typename scalar>
+void add_biases(const ForwardArgs<scalar>& args, int sum, int64_t first, int64_t last,
+                SumOf<scalar>* bias) {
+  const int64_t of_x = input_block<CellType>(sum) * args.H;
+  const int64_t of_h = (sum - kFirstOfState<CellType>)*args.H;
   for (int64_t j = first; j < last; ++j) {
     SumOf<scalar> b = 0;
-    if (j < args.H && args.b_ih != nullptr) b += as_sum(args.b_ih[j]);
-    if (j < args.H && args.b_hh != nullptr) b += as_sum(args.b_hh[j]);
+    if (j < args.H && args.b_ih != nullptr) {
+      if (sum < kGates<CellType>) b += as_sum(args.b_ih[of_x + j]);
+      if (sum >= kFirstOfState<CellType>) b += as_sum(args.b_hh[of_h + j]);
+    }
     bias[j - first] = b;
   }
 }
 
-// Slots [slots.first, slots.last), of one step each. Members divide the columns, however the call
-// is split: nobody waits.
-template <Cell cell, typename scalar>
-void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& team) {
+// The sums of some units of some rows, of x and h as OneStep has them, in columns of rows of sums.
+template <typename CellType, typename scalar>
+void one_step_sums(const ForwardArgs<scalar>& args, OneStep<scalar> step, int sum, int64_t from,
+                   int64_t units, int64_t rows, int64_t first_column) {
   using Sum = SumOf<scalar>;
+  constexpr int C = kOneStepColumns;
+  const bool of_input = sum < kGates<CellType>, of_state = sum >= kFirstOfState<CellType>;
+  const scalar* W_ih = args.W_ih + (input_block<CellType>(sum) * args.H + from) * args.I;
+  const scalar* W_hh = args.W_hh + ((sum - kFirstOfState<CellType>)*args.H + from) * args.H;
+  if (!of_input) step.x = nullptr, step.ids = nullptr;
+  const Pieces<scalar> of_x(step.x != nullptr ? args.I : 0);
+  const Pieces<scalar> of_h(of_state && step.h != nullptr ? args.H : 0);
+  // The last piece of x and the first one of h are added at once.
+  const int64_t of_x_alone = of_x.count > 1 ? of_x.count - 1 : 0;
+  const int64_t sweeps = of_x_alone + (of_h.count > 1 ? of_h.count : 1);
+  for (int64_t column = 0; column < units;) {
+    const int64_t width = units - column < C ? 1 : C;
+    Sum bias[C] = {};
+    add_biases<CellType>(args, sum, from + column, from + column + width, bias);
+    step.column = first_column + column;
+    step.bias = bias;
+    step.W_ih = of_input ? W_ih + column * args.I : nullptr;
+    step.W_hh = of_state ? W_hh + column * args.H : nullptr;
+    for (int64_t i = 0; i < sweeps; ++i) {
+      step.of_x = of_x[i];
+      step.of_h = of_h[i - of_x_alone];
+      if (width == C) {
+        one_step_columns<C>(step, rows);
+      } else {
+        one_step_columns<1>(step, rows);
+      }
+      step.bias = nullptr;
+    }
+    column += width;
+  }
+}
+
+// Slots [slots.first, slots.last), of one step each, all from a state or all from zeros. Members
+// divide the units, however the call is split: nobody waits.
+template <typename CellType, typename scalar>
+void forward_one_step(const ForwardArgs<scalar>& args, Range slots, bool from_state,
+                      const Team& team) {
+  using Sum = SumOf<scalar>;
+  constexpr int L = kLanes<Sum>;
   constexpr int64_t kLine = 64 / sizeof(scalar);
+  // Units at once: their sums fill as many columns for every cell.
+  constexpr int64_t kShare = kOneStepWidth / kSums<CellType> / kLine * kLine;
+  constexpr int64_t kUnits = kSums<CellType> == 1 ? kOneStepWidth : kShare > 0 ? kShare : kLine;
+  constexpr int64_t kWidth = kUnits * kSums<CellType>;
   const Range lines = share((args.H + kLine - 1) / kLine, team);
   const int64_t first = lines.first * kLine;
   const int64_t last = lines.last * kLine < args.H ? lines.last * kLine : args.H;
   if (first >= last) return;
   const scalar *x[kOneStepBlock], *h[kOneStepBlock];
   int64_t ids[kOneStepBlock];
-  scalar* y[kOneStepBlock];
-  Sum buffer[kOneStepBlock][kOneStepWidth];
+  Sum buffer[kOneStepBlock][kWidth + L];
   Sum* sums[kOneStepBlock];
   for (int64_t i = 0; i < kOneStepBlock; ++i) sums[i] = buffer[i];
-  OneStep<scalar> step = {.x = args.ids == nullptr ? x : nullptr,
-                          .ids = args.ids != nullptr ? ids : nullptr,
-                          .h = args.h0 != nullptr ? h : nullptr,
-                          .sums = sums,
-                          .I = args.I,
-                          .H = args.H};
-  const Pieces<scalar> of_x(args.ids == nullptr ? args.I : 0);
-  const Pieces<scalar> of_h(args.h0 != nullptr ? args.H : 0);
-  // The last piece of x and the first one of h are added at once.
-  const int64_t of_x_alone = of_x.count > 1 ? of_x.count - 1 : 0;
-  const int64_t sweeps = of_x_alone + (of_h.count > 1 ? of_h.count : 1);
+  const OneStep<scalar> step = {.x = args.ids == nullptr ? x : nullptr,
+                                .ids = args.ids != nullptr ? ids : nullptr,
+                                .h = from_state ? h : nullptr,
+                                .sums = sums,
+                                .I = args.I,
+                                .H = args.H};
   const int64_t n = slots.last - slots.first;
   const int64_t blocks = (n + kOneStepBlock - 1) / kOneStepBlock;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -210,39 +252,61 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& 
       } else {
         ids[i] = args.ids[row];
       }
-      if (args.h0 != nullptr) h[i] = args.h0 + state_row_of(args.seq, begin + i) * args.H;
+      if (from_state) h[i] = args.h0 + start_row_of(args.seq, begin + i) * args.H;
     }
-    for (int64_t from = first; from < last; from += kOneStepWidth) {
-      const int64_t columns = last - from < kOneStepWidth ? last - from : kOneStepWidth;
-      for (int64_t column = 0; column < columns;) {
-        constexpr int C = kOneStepColumns;
-        const int64_t width = columns - column < C ? 1 : C;
-        Sum bias[C] = {};
-        add_biases(args, from + column, from + column + width, bias);
-        step.column = column;
-        step.bias = bias;
-        step.W_ih = args.W_ih + (from + column) * args.I;
-        step.W_hh = args.W_hh + (from + column) * args.H;
-        for (int64_t i = 0; i < sweeps; ++i) {
-          step.of_x = of_x[i];
-          step.of_h = of_h[i - of_x_alone];
-          if (width == C) {
-            one_step_columns<C>(step, count);
-          } else {
-            one_step_columns<1>(step, count);
+    for (int64_t from = first; from < last; from += kUnits) {
+      const int64_t units = last - from < kUnits ? last - from : kUnits;
+      for (int s = 0; s < kSums<CellType>; ++s) {
+        one_step_sums<CellType>(args, step, s, from, units, count, s * kUnits);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = row_of(args.seq, 0, begin + i);
+        const int64_t start = start_row_of(args.seq, begin + i);
+        const int64_t end = end_row_of(args.seq, begin + i);
+        const ForwardRow<scalar> out = {
+            .y = args.y + row * args.ldy,
+            .saved = args.saved != nullptr
+                         ? args.saved + row * CellType::kSizes.saved * args.H
+                         : nullptr,
+            .cells = args.cells != nullptr ? args.cells + row * args.ldcells : nullptr};
+        for (int64_t j = 0; j < units; j += L) {
+          const int64_t lanes = units - j < L ? units - j : L;
+          Vec<Sum> of_unit[kSums<CellType>], h_before = {};
+          Sum c[L];
+#pragma GCC unroll 4
+          for (int s = 0; s < kSums<CellType>; ++s) {
+            of_unit[s] = load_lanes(buffer[i] + s * kUnits + j, lanes);
           }
-          step.bias = nullptr;
+          if constexpr (kReadsH<CellType>) {
+            if (from_state) h_before = load_lanes(h[i] + from + j, lanes);
+          }
+          if constexpr (kHasState<CellType>) {
+            const scalar* c0 = state_or<scalar>(args.c0, start, args.H, nullptr);
+            store(c, c0 != nullptr ? load_lanes(c0 + from + j, lanes) : Vec<Sum>{});
+          }
+          forward_units<CellType>(of_unit, h_before, out, c, from + j, lanes, args.H);
+          if constexpr (kHasState<CellType>) {
+            if (end >= 0) store_lanes(args.c_n + end * args.H + from + j, load(c), lanes);
+          }
         }
-        column += width;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        y[i] = args.y + row_of(args.seq, 0, begin + i) * args.ldy + from;
-      }
-      activate_rows<cell>(sums, y, count, 0, columns);
-      for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(args.h_n + state_row_of(args.seq, begin + i) * args.H + from, y[i],
-                    columns * sizeof(scalar));
+        if (end < 0) continue;
+        std::memcpy(args.h_n + end * args.H + from, out.y + from, units * sizeof(scalar));
       }
     }
+  }
+}
+
+template <typename CellType, typename scalar>
+void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& team) {
+  const auto from_state = [&](int64_t slot) {
+    return args.h0 != nullptr && start_row_of(args.seq, slot) >= 0;
+  };
+  while (slots.first < slots.last) {
+    const bool state = from_state(slots.first);
+    int64_t end = slots.first + 1;
+    if (args.seq.start_row == nullptr) end = slots.last;
+    while (end < slots.last && from_state(end) == state) ++end;
+    forward_one_step<CellType>(args, {slots.first, end}, state, team);
+    slots.first = end;
   }
 }

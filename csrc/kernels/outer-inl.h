@@ -13,8 +13,8 @@ constexpr bool kOuterPacks = kVectorBytes < 64 || kTerms<scalar> > 1;
 template <typename scalar>
 constexpr int64_t kOuterRows = 128 * kTerms<scalar>;
 
-// Operands of a tile: K rows of a, whose columns from `row` on are rows of out, and of b, whose
-// columns begin at `column`.
+// Operands of a tile: K rows of a, whose columns from `a_column` on are rows of out from `row` on, and
+// of b, whose columns begin at `column`.
 template <typename scalar, typename Out>
 struct OuterArgs {
   int64_t K;
@@ -25,7 +25,7 @@ struct OuterArgs {
   Out* out;                          // rows of ld
   bool first;                        // out holds nothing yet
   int64_t ld;
-  int64_t row, column;
+  int64_t row, a_column, column;
   int64_t columns;  // that exist, from there on
 };
 
@@ -47,7 +47,7 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
         left = args.packed_a + k * R;
         right = args.packed_b + k * P * L;
       } else {
-        left = args.a[k] + row;
+        left = args.a[k] + args.a_column;
         right = args.b[k] + column;
       }
       // One address each with constant offsets, where g++ would keep one for every offset.
@@ -115,56 +115,72 @@ constexpr OuterTile<Args> kOuterTiles[6][4] = {
 #undef CHARRNN_FAST_TILES
 };
 
-// Rows of out that K <= kOuterRows rows of a are multiplied for, with one b after the other.
+// Rows of out that K <= kOuterRows rows of a are multiplied for, with one b after the other. a holds
+// blocks of columns, `stride` apart, of each of which the columns in a range are taken.
 template <typename scalar>
 class OuterProducts {
  public:
-  // Elements of work space, for so many rows of out.
-  static int64_t space(int64_t rows) {
+  // Elements of work space, for so many columns of so many blocks.
+  static int64_t space(int64_t columns, int blocks) {
     if (!kOuterPacks<scalar>) return 0;
-    return tiles(rows) * kTile + kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
+    return blocks * tiles(columns) * kTile +
+           kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
   }
 
-  OuterProducts(const scalar* const* a, int64_t K, Range rows, PackedOf<scalar>* space, bool first)
-      : a_(a), K_(K), rows_(rows), packed_a_(space), first_(first) {
-    if (kOuterPacks<scalar>) pack_columns();
+  OuterProducts(const scalar* const* a, int64_t K, Range columns, int blocks, int64_t stride,
+                PackedOf<scalar>* space, bool first)
+      : a_(a),
+        K_(K),
+        columns_(columns),
+        stride_(stride),
+        packed_a_(space),
+        packed_b_(space),
+        first_(first) {
+    if (!kOuterPacks<scalar>) return;
+    for (int i = 0; i < blocks; ++i) pack_columns(i);
+    packed_b_ += blocks * tiles(columns.last - columns.first) * kTile;
   }
 
-  // out += a' b in these rows of out, which are of panels.columns; at first out holds nothing.
-  template <typename Out>
-  void add(const scalar* const* b, const Panels<SumOf<scalar>>& panels, Out* out) const {
+  // out += a' b, of `blocks` blocks of a from the first one on: block i of them is block row(i) of
+  // out, whose rows are of panels.columns. At first out holds nothing.
+  template <typename Out, typename RowOf>
+  void add(const scalar* const* b, int first_block, int blocks,
+           const Panels<SumOf<scalar>>& panels, Out* out, const RowOf& row) const {
     using Args = OuterArgs<scalar, Out>;
-    PackedOf<scalar>* const packed_b =
-        kOuterPacks<scalar> ? packed_a_ + tiles(rows_.last - rows_.first) * kTile : nullptr;
     Args args = {.K = K_,
                  .a = a_,
                  .b = b,
                  .packed_a = packed_a_,
-                 .packed_b = packed_b,
+                 .packed_b = packed_b_,
                  .out = out,
                  .first = first_,
                  .ld = panels.columns,
                  .row = 0,
+                 .a_column = 0,
                  .column = 0,
                  .columns = 0};
     // Few rows of b stay in L1 while out is written from end to end; of more, a panel does.
     const bool whole_rows =
         !kOuterPacks<scalar> && K_ * panels.columns * int64_t{sizeof(scalar)} <= kRowsOfB;
-    const int64_t at_once = whole_rows ? kTileRows : rows_.last - rows_.first;
-    for (Range rows = {rows_.first, 0}; rows.first < rows_.last; rows.first = rows.last) {
-      rows.last = rows.first + at_once < rows_.last ? rows.first + at_once : rows_.last;
+    const int64_t at_once = whole_rows ? kTileRows : columns_.last - columns_.first;
+    for (Range rows = {columns_.first, 0}; rows.first < columns_.last; rows.first = rows.last) {
+      rows.last = rows.first + at_once < columns_.last ? rows.first + at_once : columns_.last;
       for (int64_t p = 0; p < panels.count; ++p) {
         if (kOuterPacks<scalar>) {
-          pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b);
+          pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b_);
         }
         args.column = panels.first_column(p);
         args.columns = panels.used_columns(p);
-        args.packed_a = packed_a_;
-        for (args.row = rows.first; args.row < rows.last; args.row += kTileRows) {
-          const int64_t height =
-              rows.last - args.row < kTileRows ? rows.last - args.row : kTileRows;
-          kOuterTiles<Args>[height - 1][panels.width(p) - 1](args);
-          if (kOuterPacks<scalar>) args.packed_a += kTile;
+        for (int i = 0; i < blocks; ++i) {
+          const int block = first_block + i;
+          args.packed_a = packed_a_ + block * tiles(columns_.last - columns_.first) * kTile;
+          for (int64_t j = rows.first; j < rows.last; j += kTileRows) {
+            args.a_column = block * stride_ + j;
+            args.row = row(i) * stride_ + j;
+            const int64_t height = rows.last - j < kTileRows ? rows.last - j : kTileRows;
+            kOuterTiles<Args>[height - 1][panels.width(p) - 1](args);
+            if (kOuterPacks<scalar>) args.packed_a += kTile;
+          }
         }
       }
     }
@@ -177,28 +193,32 @@ class OuterProducts {
   // all fall into the same few sets of the cache.
   static constexpr int64_t kPackedRows = packed_rows<scalar>(kOuterRows<scalar>);
   static constexpr int64_t kTile = kPackedRows * kTileRows + 64 / sizeof(PackedOf<scalar>);
-  static int64_t tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+  static int64_t tiles(int64_t columns) { return (columns + kTileRows - 1) / kTileRows; }
 
-  // Row by row, as they lie in memory.
-  void pack_columns() {
-    const int64_t whole = (rows_.last - rows_.first) / kTileRows;
-    const int64_t rest = (rows_.last - rows_.first) % kTileRows;
+  // The columns of a block, row by row, as they lie in memory.
+  void pack_columns(int block) {
+    const int64_t whole = (columns_.last - columns_.first) / kTileRows;
+    const int64_t rest = (columns_.last - columns_.first) % kTileRows;
+    PackedOf<scalar>* const packed =
+        packed_a_ + block * tiles(columns_.last - columns_.first) * kTile;
     for (int64_t k = 0; k < packed_rows<scalar>(K_); ++k) {
       const auto of_terms = rows_of_terms<scalar>([&](int64_t i) { return a_[i]; }, k, K_);
-      PackedOf<scalar>* target = packed_a_ + k * kTileRows;
-      int64_t column = rows_.first;
+      PackedOf<scalar>* target = packed + k * kTileRows;
+      int64_t column = block * stride_ + columns_.first;
       for (int64_t tile = 0; tile < whole; ++tile) {
         pack_terms(of_terms, column, kTileRows, target);
         column += kTileRows;
         target += kTile;
       }
-      pack_terms(of_terms, column, rest, packed_a_ + whole * kTile + k * rest);
+      pack_terms(of_terms, column, rest, packed + whole * kTile + k * rest);
     }
   }
 
   const scalar* const* a_;
   int64_t K_;
-  Range rows_;
+  Range columns_;
+  int64_t stride_;
   PackedOf<scalar>* packed_a_;
+  PackedOf<scalar>* packed_b_;
   bool first_;
 };

@@ -73,17 +73,26 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
   }
 }
 
-// Packs W, [columns, K] as PyTorch keeps weights, in some panels of the product a W': each is
-// [packed_rows(K)][width] vectors.
+// Packs W, [gates * columns, K] as PyTorch keeps weights, in some panels of the product a W': each is
+// [packed_rows(K)][width] vectors. block(g) is the block of rows of W that gate g of a panel takes.
+template <typename scalar, typename BlockOf>
+void pack_transposed(const scalar* W, int64_t K, const Panels<SumOf<scalar>>& panels,
+                     int64_t first_panel, int64_t last_panel, PackedOf<scalar>* packed,
+                     const BlockOf& block) {
+  constexpr int L = kLanes<PackedOf<scalar>>;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    for (int g = 0; g < panels.gates; ++g) {
+      const int64_t row = block(g) * panels.columns + panels.first_column(p);
+      pack_transposed_rows(W + row * K, K, K, panels.used_columns(p),
+                           packed + packed_place<scalar>(panels, p, K) + g * L,
+                           panels.width(p) * L);
+    }
+  }
+}
 template <typename scalar>
 void pack_transposed(const scalar* W, int64_t K, const Panels<SumOf<scalar>>& panels,
                      int64_t first_panel, int64_t last_panel, PackedOf<scalar>* packed) {
-  for (int64_t p = first_panel; p < last_panel; ++p) {
-    const int64_t first = panels.first_column(p);
-    pack_transposed_rows(W + first * K, K, K, panels.used_columns(p),
-                         packed + first * packed_rows<scalar>(K),
-                         panels.width(p) * kLanes<PackedOf<scalar>>);
-  }
+  pack_transposed(W, K, panels, first_panel, last_panel, packed, [](int g) { return g; });
 }
 
 // Packs K rows of `columns` for one panel of the product a b; row(k) finds them. The result is

@@ -9,8 +9,21 @@ inline int64_t row_of(const Sequences& seq, int64_t t, int64_t slot) {
   return first + (seq.slot_row != nullptr ? seq.slot_row[slot] : slot);
 }
 
-inline int64_t state_row_of(const Sequences& seq, int64_t slot) {
+// Rows of states; negative where there is none.
+inline int64_t slot_row_of(const Sequences& seq, int64_t slot) {
   return seq.slot_row != nullptr ? seq.slot_row[slot] : slot;
+}
+inline int64_t start_row_of(const Sequences& seq, int64_t slot) {
+  return seq.start_row != nullptr ? seq.start_row[slot] : slot_row_of(seq, slot);
+}
+inline int64_t end_row_of(const Sequences& seq, int64_t slot) {
+  return seq.end_row != nullptr ? seq.end_row[slot] : slot_row_of(seq, slot);
+}
+// The row of a state, or `none` where the array is not given or has no such row.
+template <typename scalar>
+ALWAYS_INLINE const scalar* state_or(const scalar* states, int64_t row, int64_t H,
+                                     const scalar* none) {
+  return states != nullptr && row >= 0 ? states + row * H : none;
 }
 
 inline int64_t length_of(const Sequences& seq, int64_t slot) {
@@ -244,5 +257,7 @@ class Arena {
 // Slots run together through all steps: enough to read the weights seldom, few enough to stay in
 // cache.
 constexpr int64_t kBlockSlots = 96;
-// Rows of a chunk of steps, whose projections are made together just before they are used.
+// Rows of a chunk of steps, whose projections are made together just before they are used, at most;
+// and all their sums, which stay in L2.
 constexpr int64_t kChunkRows = 192;
+constexpr int64_t kChunkSums = 1 << 16;

@@ -15,6 +15,8 @@ struct ThinArgs {
   const scalar* b;         // [K, columns]
   scalar* const* out;      // rows of columns
   int64_t K, columns;
+  int64_t first_row;                // of b, for the first term; after the last one follows row 0
+  const SumOf<scalar>* const* init;  // rows that out begins with; or null
 };
 
 // The terms of some packed rows, of R rows, from first_row on, and P vectors of columns. The first
@@ -26,7 +28,10 @@ __attribute__((noinline)) void thin_tile(const ThinArgs<scalar>& args, int64_t f
   constexpr int L = kLanes<Sum>;
   const int64_t left = args.columns - column - (P - 1) * L;
   const int64_t last_lanes = left < L ? left : L;
-  const auto row_of_b = [&](int64_t k) { return args.b + k * args.columns; };
+  const auto row_of_b = [&](int64_t k) {
+    const int64_t row = k + args.first_row;
+    return args.b + (row < args.K ? row : row - args.K) * args.columns;
+  };
   Vec<Sum> sum[R * P];
 #pragma GCC unroll 16
   for (int i = 0; i < R * P; ++i) sum[i] = Vec<Sum>{};
@@ -52,8 +57,13 @@ __attribute__((noinline)) void thin_tile(const ThinArgs<scalar>& args, int64_t f
     for (int p = 0; p < P; ++p) {
       const int64_t lanes = p < P - 1 ? L : last_lanes;
       scalar* out = args.out[first_row + r] + column + p * L;
-      const Vec<Sum> total = sum[r * P + p];
-      store_lanes(out, packed.first == 0 ? total : load_lanes(out, lanes) + total, lanes);
+      Vec<Sum> total = sum[r * P + p];
+      if (packed.first > 0) {
+        total = load_lanes(out, lanes) + total;
+      } else if (args.init != nullptr) {
+        total = load_lanes(args.init[first_row + r] + column + p * L, lanes) + total;
+      }
+      store_lanes(out, total, lanes);
     }
   }
 }

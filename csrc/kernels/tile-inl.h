@@ -5,24 +5,32 @@
 // width of the whole product), whatever rows stand beside it and whoever computes it. So results do
 // not depend on the batch around a sequence, on tile heights, or on the number of threads.
 
-// Columns of a product, cut into panels of at most kTileVectors vectors, as even as possible.
+// Accumulators that a tile may fill: its rows times its vectors.
+constexpr int kAccumulators = kTileRows * kTileVectors;
+
+// Columns of a product, cut into panels of as many vectors as a tile has, as even as possible. The
+// columns may be hidden units of several gates: then a panel holds one vector of units, gate after
+// gate, so that the tile that sums them has all that their step needs in registers.
 template <typename scalar>
 struct Panels {
-  int64_t columns;
-  int64_t vectors;  // columns / lanes, rounded up
+  int64_t columns;  // units
+  int64_t vectors;  // of one gate: columns / lanes, rounded up
   int64_t count;
+  int gates;
 
-  explicit Panels(int64_t n)
+  explicit Panels(int64_t n, int of_gates = 1)
       : columns(n),
         vectors((n + kLanes<scalar> - 1) / kLanes<scalar>),
-        count((vectors + kTileVectors - 1) / kTileVectors),
+        count(of_gates > 1 ? vectors : (vectors + kTileVectors - 1) / kTileVectors),
+        gates(of_gates),
         narrow_(count > 0 ? vectors / count : 0),
         wide_(vectors - narrow_ * count) {}
 
   int64_t first_column(int64_t panel) const {
     return (panel * narrow_ + (panel < wide_ ? panel : wide_)) * kLanes<scalar>;
   }
-  int width(int64_t panel) const { return static_cast<int>(narrow_ + (panel < wide_)); }  // vectors
+  // Vectors of a panel, of all gates.
+  int width(int64_t panel) const { return static_cast<int>(narrow_ + (panel < wide_)) * gates; }
   int64_t padded_columns() const { return vectors * kLanes<scalar>; }
   // Columns of the panel that exist.
   int64_t used_columns(int64_t panel) const {
@@ -31,9 +39,19 @@ struct Panels {
   }
 
  private:
-  int64_t narrow_;  // width of most panels
+  int64_t narrow_;  // vectors of a gate in most panels
   int64_t wide_;    // panels that are one vector wider; they come first
 };
+
+// Where a panel lies in `scalar` weights packed for K terms, and how large all panels are.
+template <typename scalar>
+int64_t packed_place(const Panels<SumOf<scalar>>& panels, int64_t panel, int64_t K) {
+  return panels.first_column(panel) * panels.gates * packed_rows<scalar>(K);
+}
+template <typename scalar>
+int64_t packed_size(const Panels<SumOf<scalar>>& panels, int64_t K) {
+  return panels.padded_columns() * panels.gates * packed_rows<scalar>(K);
+}
 
 // Multiply-add chains per element. A step of the recurrence waits for the one before it; where one
 // narrow panel holds all columns there is little work to hide the latency of a chain behind, so
@@ -51,60 +69,70 @@ constexpr int64_t kChainTerms = kTerms<scalar> == 1 ? 128 : std::numeric_limits<
 
 // Rows of the tallest tile that sums several such blocks itself. Beside the sums of a taller one
 // there are no registers for totals: those wait in memory, and each block is a call.
-constexpr int kRowsOfSeveralBlocks = 3;
+constexpr int rows_of_several_blocks(int width) {
+  const int rows = kAccumulators / (2 * width);
+  return rows < 1 ? 1 : rows > 3 ? 3 : rows;
+}
+
+// Rows of the tallest tile of so many vectors.
+constexpr int tallest_tile(int width) {
+  const int rows = kAccumulators / width;
+  return rows < kTileRows ? rows : kTileRows;
+}
 
 // Rows of a tile that may run step after step: few, as the constants of the activation share the
 // registers with the sums. More rows hide the cost of a call.
 constexpr int rows_of_running_tile(int width) {
-  return kTileRows * kTileVectors / 2 / (width * chains_of_lone_panel(width));
+  return kAccumulators / 2 / (width * chains_of_lone_panel(width));
 }
 
-// What becomes of the product of a tile.
-enum class Finish {
-  kStore,     // out = init + a b
-  kActivate,  // out = act(init + a b)
-  kBackward,  // out = (init + a b) * act'(y)
-};
-
-// Operands of a tile. init, out and y point at whole rows, of a dtype or of its sums; the panel's
-// `columns` columns start at `column`. A tile that holds whole rows may run several steps, its
-// output being the next one's input: then the rows of each step lie *_step scalars behind those of
-// the one before.
-template <typename scalar, typename Init = scalar, typename Out = scalar>
+// Operands of a tile. init and out point at whole rows, of a dtype or of its sums. A tile that holds
+// whole rows may run several steps, its output being the next one's input: then the rows of each
+// step lie *_step scalars behind those of the one before.
+template <typename scalar, typename InitType = scalar, typename OutType = scalar>
 struct TileArgs {
+  using Scalar = scalar;
+  using Sum = SumOf<scalar>;
+  using Init = InitType;
+  using Out = OutType;
+  static constexpr int kLanesOfSum = kLanes<Sum>;
+
   const scalar* const* a = nullptr;         // rows of K scalars
   const PackedOf<scalar>* panel = nullptr;  // [packed_rows(K)][width] vectors
   int64_t first_k = 0;  // of the rows of a; of the panel already taken into account
   int64_t K = 0;
   const Init* const* init = nullptr;
+  int64_t init_column = 0;  // of the panel
   Out* const* out = nullptr;
-  const scalar* const* y = nullptr;  // kBackward only
-  int64_t column = 0;
-  int64_t columns = 0;
+  int64_t column = 0;   // of the panel
+  int64_t columns = 0;  // that exist, from there on
   int64_t steps = 1;
-  int64_t a_step = 0, init_step = 0, out_step = 0, y_step = 0;
+  int64_t a_step = 0, init_step = 0, out_step = 0;
+
+  // Of a step of a cell (see ForwardRow and BackwardRow); null where there is none.
+  int64_t H = 0;
+  const Init* const* projected = nullptr;  // forward: rows of all sums
+  const scalar* const* y = nullptr;
+  Sum* const* carry = nullptr;  // forward: c
+  scalar* const* saved = nullptr;
+  scalar* const* cells = nullptr;  // backward: dcells
+  const scalar* const* before = nullptr;
+  int64_t y_step = 0, saved_step = 0, cells_step = 0, before_step = 0;
 };
 
-template <Finish finish, Cell cell, typename Sum, typename scalar>
-ALWAYS_INLINE Vec<Sum> finished(Vec<Sum> sum, const scalar* y, int64_t lanes) {
-  if constexpr (finish == Finish::kActivate) return activate<cell, Sum>(sum);
-  if constexpr (finish == Finish::kBackward) {
-    return activate_backward<cell, Sum>(sum, load_lanes(y, lanes));
-  }
-  return sum;
-}
-
 // The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
-// panel is the only one. K <= kChainTerms when `lone` or R > kRowsOfSeveralBlocks.
-template <Finish finish, Cell cell, bool lone, int R, int P, int C, typename scalar, typename Init,
-          typename Out>
-__attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int64_t first_row) {
+// panel is the only one. Sums of more than kChainTerms are summed in blocks of so many, unless the
+// panel is lone or R > rows_of_several_blocks(P): then K is no more than one block.
+template <typename End, bool lone, int R, int P, int C, typename Args>
+__attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
+  using scalar = typename Args::Scalar;
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   constexpr int kEach = kTerms<scalar>;  // of a row of the panel
   const int64_t last_lanes = args.columns - (P - 1) * L;
-  const auto lanes = [&](int p)
-                         __attribute__((always_inline)) { return p < P - 1 ? L : last_lanes; };
+  const auto lanes = [&](int p) __attribute__((always_inline)) {
+    return End::kPadded || p < P - 1 ? L : last_lanes;
+  };
   const int64_t steps = lone && R <= rows_of_running_tile(P) ? args.steps : 1;
   for (int64_t s = 0; s < steps; ++s) {
     const scalar* row[R];
@@ -113,34 +141,19 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
       row[r] = args.a[first_row + r] + s * args.a_step + args.first_k;
     }
     const auto init = [&](int r, int p) __attribute__((always_inline)) {
-      return args.init[first_row + r] + s * args.init_step + args.column + p * L;
+      const auto* at = args.init[first_row + r] + s * args.init_step + args.init_column + p * L;
+      return load_lanes(at, lanes(p));
     };
-    const auto out = [&](int r, int p) __attribute__((always_inline)) {
-      return args.out[first_row + r] + s * args.out_step + args.column + p * L;
-    };
-    const auto y = [&](int r, int p) __attribute__((always_inline)) {
-      return args.y[first_row + r] + s * args.y_step + args.column + p * L;
-    };
-    // What the end of a large tile needs may lie in memory: it arrives while the tile is summed,
-    // row by row, lest the sums wait behind many fetches at once.
-    constexpr bool kFetches = R * P >= 8;
-    const auto fetch = [&](int r) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        __builtin_prefetch(init(r, p));
-        if constexpr (finish == Finish::kBackward) __builtin_prefetch(y(r, p));
-        if constexpr (finish == Finish::kStore || finish == Finish::kBackward) {
-          __builtin_prefetch(out(r, p), 1);
-        }
-      }
-    };
+    // The operands of the epilogue may lie in memory: they are prefetched row by row between the
+    // multiply-adds; all at once they would stall the loads of the sum.
+    constexpr bool kPrefetches = R * P >= 8;
 
     const PackedOf<scalar>* panel = args.panel;
     const int64_t whole = args.K / kEach;  // rows of the panel that are full of terms
     Vec<Sum> total[R * P];
     for (int64_t first = 0;;) {
       const int64_t left = whole - first;
-      const int64_t terms = left < kChainTerms<scalar> ? left : kChainTerms<scalar>;
+      const int64_t terms = lone || left < kChainTerms<scalar> ? left : kChainTerms<scalar>;
       // Chain c sums k = c, c + C, ...; the first one what is left.
       Vec<Sum> sum[C][R * P];
 #pragma GCC unroll 32
@@ -148,9 +161,21 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[c][i] = Vec<Sum>{};
         // Here the loads are at hand, and the end is what the next step waits for.
-        if constexpr (lone) sum[0][i] = load_lanes(init(i / P, i % P), lanes(i % P));
+        if constexpr (lone) sum[0][i] = init(i / P, i % P);
       }
       const auto multiply = [&](int c, int64_t k, int n) __attribute__((always_inline)) {
+        if constexpr (kAccumulators <= 12 && R < P) {  // few registers: those of the fewer operands
+          Vec<PackedOf<scalar>> a[R];
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) a[r] = broadcast_terms(row[r], k, n);
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) {
+            const Vec<PackedOf<scalar>> b = load(panel + (k * P + p) * L);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sum[c][r * P + p] = multiply_add(a[r], b, sum[c][r * P + p]);
+          }
+          return;
+        }
         Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) b[p] = load(panel + (k * P + p) * L);
@@ -165,15 +190,15 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
                             __attribute__((always_inline)) { multiply(c, k, kEach); };
       int64_t k = 0;
       // In several chains there are too few terms to go between; forward's init is in the cache.
-      if constexpr (kFetches && C > 1 && finish == Finish::kBackward) {
+      if constexpr (kPrefetches && C > 1 && End::kPrefetchesAtOnce) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) fetch(r);
+        for (int r = 0; r < R; ++r) End::template prefetch<P>(args, first_row + r, s);
       }
-      if constexpr (kFetches && C == 1) {
+      if constexpr (kPrefetches && C == 1) {
         const int64_t between = terms / (R + 1);
 #pragma GCC unroll 1
         for (int r = 0; r < R && first == 0; ++r) {
-          fetch(r);
+          End::template prefetch<P>(args, first_row + r, s);
           for (const int64_t end = k + between; k < end; ++k) step(0, k);
         }
       }
@@ -196,17 +221,15 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
           for (int c = 0; c < half; ++c) sum[c][i] += sum[c + half][i];
         }
       }
-      if constexpr (lone) {  // one block: no more columns than one panel's
+      if constexpr (lone) {
 #pragma GCC unroll 32
         for (int i = 0; i < R * P; ++i) total[i] = sum[0][i];
         break;
       }
-      constexpr bool one_block = R > kRowsOfSeveralBlocks;
+      constexpr bool one_block = R > rows_of_several_blocks(P);
       if (one_block || first == 0) {
 #pragma GCC unroll 32
-        for (int i = 0; i < R * P; ++i) {
-          total[i] = load_lanes(init(i / P, i % P), lanes(i % P)) + sum[0][i];
-        }
+        for (int i = 0; i < R * P; ++i) total[i] = init(i / P, i % P) + sum[0][i];
         if constexpr (one_block) break;
       } else {
 #pragma GCC unroll 32
@@ -219,22 +242,12 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
       for (int r = 0; r < R; ++r) row[r] += terms;
     }
 
-    const auto finish_row = [&](int r) __attribute__((always_inline)) {
-      Out* to = out(r, 0);
-      const scalar* at_y = finish == Finish::kBackward ? y(r, 0) : nullptr;
+    if constexpr (R * P <= 4 || !End::kRecurrence) {
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        store_lanes(to + p * L,
-                    finished<finish, cell, Sum>(total[r * P + p], at_y + p * L, lanes(p)),
-                    lanes(p));
-      }
-    };
-    if constexpr (R * P <= 4 || finish == Finish::kStore) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) finish_row(r);
+      for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
     } else {  // a loop, lest the code outgrow the instruction cache
 #pragma GCC unroll 1
-      for (int r = 0; r < R; ++r) finish_row(r);
+      for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
     }
   }
 }
@@ -242,31 +255,33 @@ __attribute__((noinline)) void tile(const TileArgs<scalar, Init, Out>& args, int
 template <typename Args>
 using Tile = void (*)(const Args&, int64_t first_row);
 
-template <typename Args, Finish finish, Cell cell, bool lone, int R, int P>
+template <typename Args, typename End, bool lone, int R, int P>
 constexpr Tile<Args> tile_or_null() {
-  if constexpr (P <= kTileVectors && R <= kTileRows) {
+  if constexpr (R <= tallest_tile(P) && End::template takes<P>()) {
     constexpr int C = lone ? chains_of_lone_panel(P) : 1;
-    return tile<finish, cell, lone, R, P, C>;
+    return tile<End, lone, R, P, C>;
   }
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename Args, Finish finish, Cell cell, bool lone>
+template <typename Args, typename End, bool lone>
 constexpr Tile<Args> kTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                                                                      \
-  {tile_or_null<Args, finish, cell, lone, R, 1>(), tile_or_null<Args, finish, cell, lone, R, 2>(), \
-   tile_or_null<Args, finish, cell, lone, R, 3>(), tile_or_null<Args, finish, cell, lone, R, 4>()}
+#define CHARRNN_FAST_TILES(R)              \
+  {tile_or_null<Args, End, lone, R, 1>(), \
+   tile_or_null<Args, End, lone, R, 2>(), \
+   tile_or_null<Args, End, lone, R, 3>(), \
+   tile_or_null<Args, End, lone, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
 };
 static_assert(kTileRows <= 6 && kTileVectors <= 4);
 
-// The height of the next tile of `rows` rows: at most kTileRows, and no small remainder.
-inline int64_t tile_height(int64_t rows) {
-  if (rows <= kTileRows) return rows;
-  return rows >= 2 * kTileRows ? kTileRows : (rows + 1) / 2;
+// The height of the next tile of `rows` rows: at most `tallest`, and no small remainder.
+inline int64_t tile_height(int64_t rows, int64_t tallest) {
+  if (rows <= tallest) return rows;
+  return rows >= 2 * tallest ? tallest : (rows + 1) / 2;
 }
 
 // Rows that one tile of the recurrence takes when it can run step after step; 0 when it cannot.
@@ -279,51 +294,72 @@ int64_t rows_of_running_tile(const Panels<Sum>& panels) {
 template <typename Args>
 ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], const Args& args, int64_t rows,
                              int width) {
+  const int64_t tallest = tallest_tile(width);
   for (int64_t first = 0; first < rows;) {
-    const int64_t height = tile_height(rows - first);
+    const int64_t height = tile_height(rows - first, tallest);
     tiles[height - 1][width - 1](args, first);
     first += height;
   }
 }
 
 // As multiply_rows, for several tiles and more terms than a chain's: all tiles pass one block of
-// the panel before the next one.
-template <Finish finish, Cell cell, typename scalar>
-void multiply_rows_in_blocks(TileArgs<scalar> block, int64_t rows, int width) {
-  using Args = TileArgs<scalar>;
+// the panel before the next one. The partial sums of a recurrence wait in rows of their own, as a
+// row of its result may be narrower than the panel.
+template <typename End, typename Args>
+void multiply_rows_in_blocks(Args block, int64_t rows, int width) {
+  using scalar = typename Args::Scalar;
+  using Sum = typename Args::Sum;
   constexpr int64_t kTermsOfBlock = kChainTerms<scalar>;
+  constexpr int64_t kColumns = 4 * kLanes<Sum>;
+  constexpr bool apart = End::kRecurrence;
+  alignas(64) Sum partial[apart ? kBlockSlots * kColumns : 1];
+  Sum* partial_rows[apart ? kBlockSlots : 1];
+  auto* const out = block.out;
+  const int64_t column = block.column, columns = block.columns;
+  if constexpr (apart) {
+    for (int64_t i = 0; i < rows; ++i) partial_rows[i] = partial + i * kColumns;
+    block.out = partial_rows;
+    block.column = 0;
+    if (End::kPadded) block.columns = width * kLanes<Sum>;
+  }
   int64_t left = block.K;
   block.K = kTermsOfBlock;
   for (; left > kTermsOfBlock; left -= kTermsOfBlock) {
-    run_tiles(kTiles<Args, Finish::kStore, Cell::kRelu, false>, block, rows, width);
+    run_tiles(kTiles<Args, Store<>, false>, block, rows, width);
     block.first_k += kTermsOfBlock;
     block.panel += kTermsOfBlock * width * kLanes<scalar>;
     block.init = block.out;
+    block.init_column = block.column;
     block.init_step = block.out_step;
   }
   block.K = left;
-  run_tiles(kTiles<Args, finish, cell, false>, block, rows, width);
+  block.out = out;
+  block.column = column;
+  block.columns = columns;
+  run_tiles(kTiles<Args, End, false>, block, rows, width);
 }
 
-// The product of any number of rows with one panel of packed weights, which it names in args: in
-// place, as the tiles would wait for a copy.
-template <Finish finish, Cell cell = Cell::kRelu, typename scalar, typename Init, typename Out>
+// The product of any number of rows (of a recurrence no more than kBlockSlots) with one panel of
+// packed weights, which it names in args: in place, as the tiles would wait for a copy.
+template <typename End, typename scalar, typename Init, typename Out>
 void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
                    const Panels<SumOf<scalar>>& panels, int64_t panel,
                    const PackedOf<scalar>* packed) {
   using Args = TileArgs<scalar, Init, Out>;
-  constexpr bool kRecurrence = finish == Finish::kActivate || finish == Finish::kBackward;
-  args.column = panels.first_column(panel);
-  args.columns = panels.used_columns(panel);
-  args.panel = packed + args.column * packed_rows<scalar>(args.K);
+  constexpr int L = kLanes<SumOf<scalar>>;
+  const int64_t column = panels.first_column(panel);
   const int width = panels.width(panel);
-  if (kRecurrence && panels.count == 1) {
-    return run_tiles(kTiles<Args, finish, cell, kRecurrence>, args, rows, width);
+  args.init_column = column * End::kInitScale + End::kInitShift * L;
+  args.column = column * End::kOutScale;
+  args.columns = End::kPadded && !End::kRecurrence ? width * L : panels.used_columns(panel);
+  args.panel = packed + packed_place<scalar>(panels, panel, args.K);
+  if (End::kRecurrence && panels.count == 1) {
+    return run_tiles(kTiles<Args, End, End::kRecurrence>, args, rows, width);
   }
   if constexpr (kTerms<scalar> == 1) {
-    if (rows > kRowsOfSeveralBlocks && args.K > kChainTerms<scalar>) {
-      return multiply_rows_in_blocks<finish, cell>(args, rows, width);
+    if (rows > rows_of_several_blocks(width) && args.K > kChainTerms<scalar>) {
+      return multiply_rows_in_blocks<End>(args, rows, width);
     }
   }
-  run_tiles(kTiles<Args, finish, cell, false>, args, rows, width);
+  run_tiles(kTiles<Args, End, false>, args, rows, width);
 }

@@ -62,20 +62,23 @@ void run_generate_case(const Kernels<scalar>& kernels) {
   std::vector<std::unique_ptr<Array<scalar>>> own;
   std::array<std::vector<const scalar*>, 4> weights;
   const bool biases = coin();
+  const auto cell = static_cast<Cell>(below(5));
+  const int64_t G = sizes_of(cell).gates;
   for (int64_t i = 0; i < layers; ++i) {
     const auto add = [&](int kind, int64_t rows, int64_t columns, double scale) {
       own.push_back(randoms<scalar>(rows, columns, scale));
       weights[kind].push_back(own.back()->data);
     };
     const double scale = 0.7 / std::sqrt(static_cast<double>(H));
-    add(0, H, i == 0 ? V : H, i == 0 ? 1.0 : scale);
-    add(1, H, H, scale);
-    if (biases) add(2, 1, H, 0.3);
-    if (biases) add(3, 1, H, 0.3);
+    add(0, G * H, i == 0 ? V : H, i == 0 ? 1.0 : scale);
+    add(1, G * H, H, scale);
+    if (biases) add(2, 1, G * H, 0.3);
+    if (biases) add(3, 1, G * H, 0.3);
   }
   auto W_out = randoms<scalar>(V, H, 3 / std::sqrt(static_cast<double>(H)));
   auto b_out = coin() ? randoms<scalar>(1, V, 0.3) : nullptr;
   auto state = randoms<scalar>(layers * S, H, 0.5);
+  auto cells = randoms<scalar>(layers * S, H, 0.5);
   auto uniforms = array<scalar>(N, S);
   std::uniform_real_distribution<double> uniform(0.0, 0.999);
   for (int64_t i = 0; i < N * S; ++i) uniforms->data[i] = static_cast<scalar>(uniform(generator));
@@ -87,7 +90,7 @@ void run_generate_case(const Kernels<scalar>& kernels) {
   args.H = H;
   args.layers = layers;
   args.ld = S;
-  args.cell = static_cast<Cell>(below(3));
+  args.cell = cell;
   args.W_ih = weights[0].data();
   args.W_hh = weights[1].data();
   args.b_ih = biases ? weights[2].data() : nullptr;
@@ -106,12 +109,14 @@ void run_generate_case(const Kernels<scalar>& kernels) {
   current = text;
 
   // Streams [first, last) of all of them.
-  const auto run = [&](int64_t first, int64_t last, Array<int64_t>& drawn, Array<scalar>& after) {
+  const auto run = [&](int64_t first, int64_t last, Array<int64_t>& drawn, Array<scalar>& after,
+                       Array<scalar>& cells_after) {
     GenerateArgs<scalar> part = args;
     part.S = last - first;
     part.uniforms = uniforms->data + first;
     part.tokens = tokens->data + first;
     part.state = after.data + first * H;
+    part.cell_state = sizes_of(cell).has_state ? cells_after.data + first * H : nullptr;
     part.drawn = drawn.data + first;
     Guarded workspace(kernels.generate_workspace(part), coin(), 64);
     part.workspace = workspace.data;
@@ -119,33 +124,44 @@ void run_generate_case(const Kernels<scalar>& kernels) {
   };
   auto drawn = array<int64_t>(N, S), again = array<int64_t>(N, S);
   auto after = array<scalar>(layers * S, H), after_again = array<scalar>(layers * S, H);
+  auto cells_after = array<scalar>(layers * S, H), cells_again = array<scalar>(layers * S, H);
   std::copy_n(state->data, state->size, after->data);
   std::copy_n(state->data, state->size, after_again->data);
-  run(0, S, *drawn, *after);
+  std::copy_n(cells->data, cells->size, cells_after->data);
+  std::copy_n(cells->data, cells->size, cells_again->data);
+  run(0, S, *drawn, *after, *cells_after);
   const int64_t cut = below(S);
-  if (cut > 0) run(0, cut, *again, *after_again);
-  run(cut, S, *again, *after_again);
+  if (cut > 0) run(0, cut, *again, *after_again, *cells_again);
+  run(cut, S, *again, *after_again, *cells_again);
   if (std::memcmp(drawn->data, again->data, static_cast<size_t>(N * S) * sizeof(int64_t)) != 0)
     fail("the characters of a stream depend on the others");
   expect_same_bits("state", after, after_again);
+  expect_same_bits("cell_state", cells_after, cells_again);
 
   int64_t other = 0;
-  std::vector<double> x(H), sum(H), scores(V);
+  std::vector<double> x(H), scores(V);
+  std::vector<Unit> units(H);
   for (int64_t s = 0; s < S; ++s) {
     int64_t id = tokens->data[s];
     for (int64_t i = 0; i < N; ++i) {
       for (int64_t l = 0; l < layers; ++l) {
         scalar* h = &state->at(l * S + s, 0);
-        for (int64_t j = 0; j < H; ++j) {
-          sum[j] = biases ? static_cast<double>(args.b_ih[l][j]) + args.b_hh[l][j] : 0;
-          if (l == 0) sum[j] += args.W_ih[0][j * V + id];
-          for (int64_t k = 0; l > 0 && k < H; ++k) sum[j] += x[k] * args.W_ih[l][j * H + k];
+        scalar* c = &cells->at(l * S + s, 0);
+        for (int64_t r = 0; r < G * H; ++r) {
+          double of_x = biases ? args.b_ih[l][r] : 0, of_h = biases ? args.b_hh[l][r] : 0;
+          if (l == 0) of_x += args.W_ih[0][r * V + id];
+          for (int64_t k = 0; l > 0 && k < H; ++k) of_x += x[k] * args.W_ih[l][r * H + k];
           for (int64_t k = 0; k < H; ++k)
-            sum[j] += static_cast<double>(h[k]) * args.W_hh[l][j * H + k];
+            of_h += static_cast<double>(h[k]) * args.W_hh[l][r * H + k];
+          units[r % H].x[r / H] = of_x;
+          units[r % H].h[r / H] = of_h;
         }
         for (int64_t j = 0; j < H; ++j) {
-          x[j] = apply(args.cell, sum[j]);
-          h[j] = static_cast<scalar>(x[j]);
+          double new_h = h[j], new_c = c[j];
+          step_forward(cell, units[j], &new_h, &new_c);
+          x[j] = new_h;
+          h[j] = static_cast<scalar>(new_h);
+          c[j] = static_cast<scalar>(new_c);
         }
       }
       for (int64_t v = 0; v < V; ++v) {

@@ -24,7 +24,7 @@ void check_alone(const Kernels<scalar>& kernels, Problem<scalar>& p, Forward<sca
   const int64_t slot = below(p.B);
   Problem<scalar> one{};
   one.T = one.N = p.lengths[slot];
-  one.B = 1;
+  one.B = one.states = one.step_rows = 1;
   one.I = p.I;
   one.H = p.H;
   one.cell = p.cell;
@@ -33,13 +33,16 @@ void check_alone(const Kernels<scalar>& kernels, Problem<scalar>& p, Forward<sca
   one.order.assign(1, 0);
   if (p.ids) one.ids = array<int64_t>(1, one.T);
   if (p.x) one.x = array<scalar>(one.T, one.I);
-  if (p.h0) one.h0 = array<scalar>(1, one.H);
+  const int64_t start = p.start(slot);
+  if (p.h0 && start >= 0) one.h0 = array<scalar>(1, one.H);
+  if (p.c0 && start >= 0) one.c0 = array<scalar>(1, one.H);
   for (int64_t t = 0; t < one.T; ++t) {
     const int64_t row = p.row(t, slot);
     if (p.ids) one.ids->data[t] = p.ids->data[row];
     if (p.x) std::copy_n(&p.x->at(row, 0), p.I, &one.x->at(t, 0));
   }
-  if (p.h0) std::copy_n(&p.h0->at(p.order[slot], 0), p.H, one.h0->data);
+  if (one.h0) std::copy_n(&p.h0->at(start, 0), p.H, one.h0->data);
+  if (one.c0) std::copy_n(&p.c0->at(start, 0), p.H, one.c0->data);
   std::swap(one.W_ih, p.W_ih);
   std::swap(one.W_hh, p.W_hh);
   std::swap(one.b_ih, p.b_ih);
@@ -60,7 +63,8 @@ template <typename scalar>
 void run_layer_case(const Kernels<scalar>& kernels) {
   const Sizes sizes = random_sizes();
   Problem<scalar> p = random_problem<scalar>(sizes, below(3) == 0);
-  const int wanted = below(2) ? 31 : static_cast<int>(below(32));
+  const int wanted = below(2) ? 127 : static_cast<int>(below(128));
+  const bool cells = coin();
   char text[300];
   std::snprintf(text, sizeof text,
                 "%s, %s: T=%ld B=%ld N=%ld I=%ld H=%ld cell=%d reverse=%d ragged=%d ids=%d "
@@ -70,21 +74,25 @@ void run_layer_case(const Kernels<scalar>& kernels) {
                 static_cast<int>(p.cell), p.reverse, p.ragged, p.ids != nullptr, p.b_ih != nullptr,
                 p.h0 != nullptr, p.dy != nullptr, p.dh_n != nullptr, wanted);
   current = text;
-  Forward<scalar> y = forward(kernels, p, Split::kBatch, 1);
+  Forward<scalar> y = forward(kernels, p, Split::kBatch, 1, true, cells);
   check_forward(p, y);
-  Backward<scalar> gradients = backward(kernels, p, *y.y, Split::kBatch, 1, wanted);
+  Backward<scalar> gradients = backward(kernels, p, y, Split::kBatch, 1, wanted);
   check_backward(p, *y.y, gradients);
   for (Split split : {Split::kBatch, Split::kHidden}) {
     const int team = 1 + static_cast<int>(below(5));
-    Forward<scalar> other = forward(kernels, p, split, team);
+    Forward<scalar> other = forward(kernels, p, split, team, coin(), cells);
     expect_same_bits("y", y.y, other.y);
     expect_same_bits("h_n", y.h_n, other.h_n);
-    Backward<scalar> again = backward(kernels, p, *y.y, split, team, wanted);
+    if (y.c_n) expect_same_bits("c_n", y.c_n, other.c_n);
+    if (y.cells) expect_same_bits("cells", y.cells, other.cells);
+    Backward<scalar> again = backward(kernels, p, y, split, team, wanted);
+    expect_same_bits("dc0", gradients.dc0, again.dc0);
     expect_same_bits("dx", gradients.dx, again.dx);
     expect_same_bits("dh0", gradients.dh0, again.dh0);
     expect_same_bits("dW_ih", gradients.dW_ih, again.dW_ih);
     expect_same_bits("dW_hh", gradients.dW_hh, again.dW_hh);
-    expect_same_bits("db", gradients.db, again.db);
+    expect_same_bits("db_ih", gradients.db_ih, again.db_ih);
+    expect_same_bits("db_hh", gradients.db_hh, again.db_hh);
   }
   check_alone(kernels, p, y);
 }
@@ -96,9 +104,9 @@ void run_few_units_case(const Kernels<scalar>& kernels) {
   for (const int64_t H : {1, 3}) {
     const Problem<scalar> p = random_problem<scalar>({40, 16, 38, H}, true);
     const Forward<scalar> y = forward(kernels, p, Split::kBatch, 1);
-    const Backward<scalar> one = backward(kernels, p, *y.y, Split::kBatch, 1, 31);
+    const Backward<scalar> one = backward(kernels, p, y, Split::kBatch, 1, 31);
     for (const int team : {4, 8, 10}) {
-      const Backward<scalar> many = backward(kernels, p, *y.y, Split::kBatch, team, 31);
+      const Backward<scalar> many = backward(kernels, p, y, Split::kBatch, team, 31);
       expect_same_bits("dW_ih", one.dW_ih, many.dW_ih);
     }
   }

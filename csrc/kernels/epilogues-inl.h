@@ -1,0 +1,183 @@
+// What becomes of the product of a tile: the epilogue of each of its rows, in registers.
+//
+// An epilogue says where the accumulators begin (init), what of its operands to prefetch while the
+// product is summed, and what to store. `total` holds the P vectors of one row of the tile.
+
+// out = init + a b. With `sums`, rows of init and out hold so many sums of every unit, vector by
+// vector, and whole vectors only: a panel of all gates fills the first of them.
+template <int sums = 0>
+struct Store {
+  static constexpr bool kRecurrence = false;
+  static constexpr bool kPadded = sums > 0;  // rows of init are whole vectors
+  static constexpr bool kPrefetchesAtOnce = false;
+  // Where column c of the panels lies: in init at kInitScale * c + kInitShift vectors.
+  static constexpr int kInitScale = sums > 0 ? sums : 1, kInitShift = 0;
+  static constexpr int kOutScale = kInitScale;
+  // Whether there are tiles of so many vectors.
+  template <int P>
+  static constexpr bool takes() {
+    return sums == 1 ? P <= kTileVectors : sums > 1 ? P > 2 : true;
+  }
+
+  template <int P, typename Args>
+  static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t) {
+    constexpr int L = Args::kLanesOfSum;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(args.init[row] + args.init_column + p * L);
+      __builtin_prefetch(args.out[row] + args.column + p * L, 1);
+    }
+  }
+
+  template <int P, typename Args, typename V>
+  static ALWAYS_INLINE void finish(const Args& args, int64_t row, int64_t, const V* total) {
+    constexpr int L = Args::kLanesOfSum;
+    auto* to = args.out[row] + args.column;
+    const int64_t last_lanes = args.columns - (P - 1) * L;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) store_lanes(to + p * L, total[p], p < P - 1 ? L : last_lanes);
+  }
+};
+
+// A step of a cell: the sums of its units from those of the input, which init points at, and from
+// the product of h before with W_hh'.
+template <typename CellType>
+struct ForwardOf {
+  static constexpr bool kRecurrence = true;
+  static constexpr bool kPadded = true;
+  static constexpr bool kPrefetchesAtOnce = false;
+  static constexpr int kInitScale = kSums<CellType>, kInitShift = kFirstOfState<CellType>;
+  static constexpr int kOutScale = 1;
+  template <int P>
+  static constexpr bool takes() {
+    return kGates<CellType> == 1 ? P <= kTileVectors : P == kGates<CellType>;
+  }
+
+  template <int P, typename Args>
+  static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t s) {
+    constexpr int L = Args::kLanesOfSum;
+    const auto* init = args.init[row] + s * args.init_step + args.init_column;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) __builtin_prefetch(init + p * L);
+    if constexpr (CellType::kSizes.saved > 0) {
+      if (args.saved == nullptr) return;
+      const auto place = saved_place<CellType, typename Args::Sum>(args.column, args.H);
+      auto* saved = args.saved[row] + s * args.saved_step;
+#pragma GCC unroll 8
+      for (int g = 0; g < kSavedGates<CellType>; ++g) {
+        __builtin_prefetch(saved + place.first + g * place.stride, 1);
+      }
+      if constexpr (kHasState<CellType>) {
+        __builtin_prefetch(saved + kSavedGates<CellType> * args.H + args.column, 1);
+      }
+      __builtin_prefetch(args.out[row] + s * args.out_step + args.column, 1);
+    }
+  }
+
+  template <int P, typename Args, typename V>
+  static ALWAYS_INLINE void finish(const Args& args, int64_t row, int64_t s, const V* total) {
+    using scalar = typename Args::Scalar;
+    constexpr int L = Args::kLanesOfSum;
+    constexpr int kUnits = P / kGates<CellType>;  // vectors of units; several of one gate only
+    ForwardRow<scalar> at = {
+        .y = args.out[row] + s * args.out_step, .saved = nullptr, .cells = nullptr};
+    typename Args::Sum* c = nullptr;
+    const scalar* h_before = nullptr;
+    if constexpr (kHasState<CellType>) {
+      c = args.carry[row] + args.column;
+      if (args.cells != nullptr) at.cells = args.cells[row] + s * args.cells_step;
+    }
+    if constexpr (CellType::kSizes.saved > 0) {
+      if (args.saved != nullptr) at.saved = args.saved[row] + s * args.saved_step;
+    }
+    if constexpr (kReadsH<CellType>) h_before = args.a[row] + s * args.a_step;
+    const int64_t last_lanes = args.columns - (kUnits - 1) * L;
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      const int64_t j = args.column + u * L, n = u < kUnits - 1 ? L : last_lanes;
+      V sums[kSums<CellType>], h = {};
+      if constexpr (kFirstOfState<CellType> > 0) {
+        const auto* projected =
+            args.projected[row] + s * args.init_step + j * kSums<CellType>;
+#pragma GCC unroll 8
+        for (int k = 0; k < kFirstOfState<CellType>; ++k) sums[k] = load(projected + k * L);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < kGates<CellType>; ++g) {
+        sums[kFirstOfState<CellType> + g] = total[u * kGates<CellType> + g];
+      }
+      if constexpr (kReadsH<CellType>) h = load_lanes(h_before + j, n);
+      forward_units<CellType>(sums, h, at, c, j, n, args.H);
+    }
+  }
+};
+
+// A step of a cell backward: init points at dy, the product is that of the deltas of the step after
+// with W_hh, and together they are dh.
+template <typename CellType>
+struct BackwardOf {
+  static constexpr bool kRecurrence = true;
+  static constexpr bool kPadded = false;
+  static constexpr bool kPrefetchesAtOnce = true;
+  static constexpr int kInitScale = 1, kInitShift = 0, kOutScale = 1;
+  template <int P>
+  static constexpr bool takes() {
+    return P <= kTileVectors;
+  }
+
+  template <int P, typename Args>
+  static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t s) {
+    using Sum = typename Args::Sum;
+    constexpr int L = Args::kLanesOfSum;
+    const auto* init = args.init[row] + s * args.init_step + args.column;
+    auto* out = args.out[row] + s * args.out_step + args.column;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(init + p * L);
+      if constexpr (CellType::kSizes.saved == 0) {
+        __builtin_prefetch(args.y[row] + s * args.y_step + args.column + p * L);
+      } else {
+        const auto* saved = args.saved[row] + s * args.saved_step;
+        const auto place = saved_place<CellType, Sum>(args.column + p * L, args.H);
+#pragma GCC unroll 8
+        for (int g = 0; g < kSavedGates<CellType>; ++g) {
+          __builtin_prefetch(saved + place.first + g * place.stride);
+        }
+        if constexpr (kHasState<CellType>) {
+          __builtin_prefetch(saved + kSavedGates<CellType> * args.H + args.column + p * L);
+        }
+        __builtin_prefetch(args.before[row] + s * args.before_step + args.column + p * L);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < kSums<CellType>; ++g) __builtin_prefetch(out + g * args.H + p * L, 1);
+    }
+  }
+
+  template <int P, typename Args, typename V>
+  static ALWAYS_INLINE void finish(const Args& args, int64_t row, int64_t s, const V* total) {
+    using scalar = typename Args::Scalar;
+    constexpr int L = Args::kLanesOfSum;
+    BackwardRow<scalar> at = {.y = nullptr,
+                              .saved = nullptr,
+                              .before = nullptr,
+                              .dcells = nullptr,
+                              .carry = nullptr,
+                              .delta = args.out[row] + s * args.out_step};
+    if constexpr (CellType::kSizes.saved == 0) {
+      at.y = args.y[row] + s * args.y_step;
+    } else {
+      at.saved = args.saved[row] + s * args.saved_step;
+    }
+    if constexpr (CellType::kReadsBefore) at.before = args.before[row] + s * args.before_step;
+    if constexpr (CellType::kCarries) at.carry = args.carry[row];
+    if constexpr (kHasState<CellType>) {
+      if (args.cells != nullptr) at.dcells = args.cells[row] + s * args.cells_step;
+    }
+    const int64_t last_lanes = args.columns - (P - 1) * L;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      backward_units<CellType>(total[p], at, args.column + p * L, p < P - 1 ? L : last_lanes,
+                               args.H);
+    }
+  }
+};
