@@ -160,8 +160,8 @@ ODD_LENGTHS: dict[str, Any] = {
     "empty": longs(),
     "scalar": torch.tensor(4),
     "2-D": torch.ones(3, 1, dtype=torch.int64),
-    "int32": torch.tensor([4, 2, 2], dtype=torch.int32),
     "float": torch.tensor([4.0, 2.0, 2.0]),
+    "bool": torch.ones(3, dtype=torch.bool),
     "meta": torch.ones(3, dtype=torch.int64, device="meta"),
     "sparse": longs(4, 2, 2).to_sparse(),
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import rounding, rounding_of_product
 
 import charrnn_fast
 
@@ -120,14 +121,18 @@ def test_linear(isa, dtype):
     """The op is F.linear, by whatever computes it, and as near to float64 in float32."""
     linear, F = torch.ops.charrnn_fast.linear.default, torch.nn.functional
     x, W, b = (torch.randn(*shape, dtype=dtype) for shape in ((700, 150), (70, 150), (70,)))
-    torch.library.opcheck(linear, (x, W, b))
-    torch.library.opcheck(linear, [tensor.clone().requires_grad_() for tensor in (x, W, b)])
+    # dW and db are sums over 700 rows of products of random signs, in two orders.
+    near = {"atol": rounding(700, dtype, 700**0.5), "rtol": rounding(700, dtype)}
+    torch.library.opcheck(linear, (x, W, b), **near)
+    torch.library.opcheck(linear, [tensor.clone().requires_grad_() for tensor in (x, W, b)], **near)
     torch.library.opcheck(
-        torch.ops.charrnn_fast.linear_backward.default, (torch.ones(700, 70, dtype=dtype), x, W)
+        torch.ops.charrnn_fast.linear_backward.default,
+        (torch.ones(700, 70, dtype=dtype), x, W),
+        **near,
     )
     exact = F.linear(x.double(), W.double(), b.double())
     error, theirs = ((y.double() - exact).abs().max() for y in (linear(x, W, b), F.linear(x, W, b)))
-    assert error <= (1e-12 if dtype == torch.float64 else 2 * theirs)
+    assert error <= max(2 * theirs, rounding_of_product(x, W).max())
     for y in (linear(x.t().contiguous().t(), W, b), linear(x, W.t().contiguous().t(), b)):
         assert torch.equal(y, linear(x, W, b))
     results = []
