@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
 .PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
-  sanitize-module test-clang test-neon test-baseline test-gpu bench-gpu test-install fuzz soak dist clean
+  sanitize-module test-clang test-elsewhere test-neon test-baseline test-gpu bench-gpu test-install fuzz soak dist clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -148,6 +148,11 @@ sanitize-module: $(VENV)/.installed
 test-clang: $(VENV)/.installed
 	$(call built_apart,clang,CXX=clang++ CHARRNN_FAST_CXXFLAGS=-Werror)
 	cd build/clang && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
+
+# The module tests under older code paths of MKL, ATen and oneDNN, with other numbers of threads, under
+# load, and by an ordinary user in a read-only copy: two hours. ARGS="--only threads-5 tests/test_cell.py"
+test-elsewhere: $(BUILT)
+	$(BIN)/python tools/test_elsewhere.py $(ARGS)
 
 # What only a device can tell. Without one they say so and fail: nothing was tested.
 test-gpu: $(BUILT)
