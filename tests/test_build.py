@@ -254,3 +254,27 @@ def test_the_table_of_tanh_is_what_its_tool_computes():
     tool = ROOT / "tools" / "tanh_table.py"
     made = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
     assert made.stdout == (ROOT / "csrc" / "tanh-table-inl.h").read_text()
+
+
+# Where the formulas are, and where a mode's name becomes a cell.
+NAMES_CELLS = {
+    "kernels/rnn.h",
+    "kernels/cells-inl.h",
+    "cuda/cells.cuh",
+    "composite.cpp",
+    "layer.h",
+    "layer.cpp",
+}
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="runs apart from the sources")
+def test_cells_are_named_in_few_files():
+    """The cell is one parameter: no loop, tile, panel or check asks which one it is."""
+    found = set()
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            code = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
+            if re.search(r"\b(k?Lstm|k?Gru|LSTM|GRU)\b", code):
+                found.add(str(path.relative_to(ROOT / "csrc")))
+    assert found <= NAMES_CELLS, sorted(found - NAMES_CELLS)
+    assert {"kernels/rnn.h", "kernels/cells-inl.h"} <= found
