@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args
 
 from . import commands
 from .charlm.errors import TrainingDiverged, UsageError
@@ -23,12 +23,14 @@ examples:
   charrnn-fast eval runs/mine other.txt             how well it predicts a text
   charrnn-fast report runs/mine                     curves, samples and surprises in one page
   charrnn-fast export runs/mine                     an ONNX model that steps through a text
-  charrnn-fast bench --hidden-size 512              how fast, beside torch.nn.RNN
+  charrnn-fast bench --hidden-size 512              how fast, beside torch.nn
 """
 TRAIN_EXAMPLES = """\
 examples:
   charrnn-fast train my.txt                                       2 layers of 128, in out/
   charrnn-fast train my.txt --hidden-size 512 --num-layers 1 --learning-rate 1e-3
+  charrnn-fast train my.txt --cell lstm --dropout 0.2              rnn, lstm or gru
+  charrnn-fast train poems.txt --init-from out --out-dir poems     go on with what out has learnt
   charrnn-fast train names.txt --lines                            every line is an example
   charrnn-fast train program.bin --bytes                          any file
   charrnn-fast train --config run.toml --max-epochs 30            flags win over the file
@@ -54,7 +56,7 @@ examples:
   charrnn-fast bench                             2 layers of 128, the text that comes with Python
   charrnn-fast bench my.txt --hidden-size 512 --num-layers 1 --threads 1
   charrnn-fast bench --threads                   how calls scale with threads on this machine
-Any option of train goes.
+Any option of train that concerns the model or a step goes.
 """
 REPORT_EXAMPLES = """\
 examples:
@@ -65,8 +67,9 @@ EXPORT_EXAMPLES = """\
 examples:
   charrnn-fast export out                        writes out/model.onnx
   charrnn-fast export out -o step.onnx
-The graph reads tokens [B] and state [layers, B, H]; it gives logits [B, V] and next_state.
-Begin with a state of zeros. Its metadata holds the vocabulary.
+The graph reads tokens [B] and state [layers, B, H]; it gives logits [B, V] and next_state; of an
+LSTM cell_state and next_cell_state, too. Begin with states of zeros.
+Its metadata holds the vocabulary.
 """
 
 
@@ -80,14 +83,19 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for a failure, 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows "?"; in an ASCII locale Python's own choice is
+        # surrogateescape, which refuses such a character.
+        sys.stdout.reconfigure(errors="replace")
     try:
         options = parser().parse_args([with_hyphens(a) for a in arguments])
         if getattr(options, "threads", None):
             from .charlm.options import use_threads
 
             use_threads(options.threads)
+        from .charlm.group import use_kernels
+
+        use_kernels()
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except UsageError as error:
@@ -122,6 +130,9 @@ def with_hyphens(argument: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
+    from .charlm.model import Cell
+    from .charlm.options import DEFAULT_CELL
+
     main = Parser(
         prog="charrnn-fast",
         description="Character-level language models with fast recurrent layers.",
@@ -156,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
          help="text to continue, or FILE:path")  # fmt: skip
     text("--length", "--max-new-tokens", type=int, default=500, help="characters to draw (500)")
     text("--num-samples", "--streams", type=int, default=1, help="texts to draw (1)")
-    text("--temperature", type=float, default=1.0, help="below 1 is tamer, above wilder (1.0)")
+    text("--temperature", type=float, help="below 1 is tamer, above wilder (1.0)")
     text("--greedy", action="store_true", help="always the best character: --temperature 0")
     text("--top-k", type=int, default=0, help="draw from the k best (0: all)")
     text("--top-p", type=float, default=1.0, help="draw from the best that make up p (1: all)")
@@ -196,7 +207,8 @@ def parser() -> argparse.ArgumentParser:
     add_train_options(bench, to_run=False)
 
     add("info", commands.info, "show versions, instruction sets and threads")
-    demo = add("demo", commands.demo, "train on the built-in text, and compare with torch.nn.RNN")
+    demo = add("demo", commands.demo, "train on the built-in text, and compare with torch.nn")
+    demo.add_argument("--cell", "--model", choices=get_args(Cell), default=DEFAULT_CELL)
     demo.add_argument("--out-dir", help="folder for the run (without: a new one in /tmp)")
     demo.add_argument("--max-epochs", type=int, default=5, help="passes over the text (5)")
     demo.add_argument("--max-iters", type=int, default=0, help="steps, in place of epochs")
@@ -218,11 +230,12 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
 
 def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None:
     """The fields of TrainOptions as flags; what concerns the folder of a run only ``to_run``."""
-    from .charlm.options import TrainOptions
+    from .charlm.options import TrainOptions, choices_of
 
-    hints = get_type_hints(TrainOptions)
     for f in fields(TrainOptions):
         about: dict[str, Any] = {"help": f.metadata["help"], "default": argparse.SUPPRESS}
+        if not (to_run or f.metadata["bench"]):
+            continue
         if f.name == "text":
             sub.add_argument("text", metavar="TEXT", nargs="?", **about)
             continue
@@ -231,15 +244,17 @@ def add_train_options(sub: argparse.ArgumentParser, to_run: bool = True) -> None
         if isinstance(f.default, bool):
             sub.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
             continue
-        about["help"] += f" ({f.default})"
+        if f.default is not None:
+            about["help"] += f" ({f.default})"
         if f.name == "threads" and not to_run:
             about |= {"nargs": "?", "const": False}
             about["help"] += "; without a number: how calls scale with threads here"
-        if choices := get_args(hints[f.name]):
+        if choices := choices_of(f.name):
             sub.add_argument(*flags, choices=choices, dest=f.name, **about)
         else:
-            kind = type(f.default).__name__.upper()
-            sub.add_argument(*flags, type=type(f.default), dest=f.name, metavar=kind, **about)
+            kind = f.metadata["kind"]
+            name = kind.__name__.upper()
+            sub.add_argument(*flags, type=kind, dest=f.name, metavar=name, **about)
     sub.add_argument("--config", metavar="FILE", help="TOML file with options by these names")
     if not to_run:
         return

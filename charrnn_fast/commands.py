@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
-from dataclasses import fields, replace
-from math import exp
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,53 @@ from .charlm.errors import UsageError
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags and the file of --config say; flags win."""
-    from .charlm.options import TrainOptions, read_config
+    from .charlm.options import option_names, read_config
 
-    given = read_config(arguments.config) if arguments.config else {}
-    return given | {f.name: getattr(arguments, f.name) for f in fields(TrainOptions)
-                    if hasattr(arguments, f.name)}  # fmt: skip
+    in_file = read_config(arguments.config) if arguments.config else {}
+    flags = {name: getattr(arguments, name) for name in option_names() if hasattr(arguments, name)}
+    for given in (in_file, flags):
+        if "max_epochs" in given and given.get("max_iters"):
+            raise UsageError("--max-iters is in place of --max-epochs: give one of them")
+    if "max_epochs" in flags:
+        in_file.pop("max_iters", None)
+    return in_file | flags
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from .charlm.options import TrainOptions, resumed_options
+    from .charlm.finetune import started_options
+    from .charlm.options import resumed_options
     from .charlm.train import Trainer
 
     given = given_options(arguments)
     if arguments.resume:
         options = resumed_options(arguments.resume, given)
     else:
-        options = replace(TrainOptions(), **given)
-    trainer = Trainer(options, resume=bool(arguments.resume), overwrite=arguments.overwrite)
-    trainer.say(
-        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights, "
-        f"{len(trainer.vocabulary)} characters, {trainer.total_steps} steps"
-    )
+        options = started_options(given)
+    trainer = Trainer(options, resume=arguments.resume is not None, overwrite=arguments.overwrite)
     progress = trainer.run()
-    trainer.say(f"saved in {options.out_dir}; best at step {progress.best_step}; "
-                f"try: charrnn-fast sample {options.out_dir}")  # fmt: skip
+    best = "" if trainer.held_out is None else f"; best at step {progress.best_step}"
+    trainer.say(f"saved in {options.out_dir}{best}; try: {trainer.home.command('sample')}")
     trainer.leave_group()
 
 
 def sample(arguments: argparse.Namespace) -> None:
     from .charlm.checkpoint import from_pretrained
+    from .charlm.checks import whole
     from .charlm.data import read_prompt
-    from .charlm.sample import SampleOptions, sample, stream, write_stream
+    from .charlm.sample import MOST_STREAMS, SampleOptions, sample, stream, write_stream
 
+    if arguments.greedy and arguments.temperature is not None:
+        raise UsageError("--greedy is --temperature 0: give one of them")
+    temperature = 1.0 if arguments.temperature is None else arguments.temperature
     options = SampleOptions(
-        0.0 if arguments.greedy else arguments.temperature, arguments.top_k, arguments.top_p
+        0.0 if arguments.greedy else temperature, arguments.top_k, arguments.top_p
     )
-    if arguments.length < 1 or arguments.num_samples < 1:
-        raise UsageError("--length and --num-samples must be at least 1")
+    whole("--length", arguments.length, 1)
+    whole("--num-samples", arguments.num_samples, 1, MOST_STREAMS)
     model, vocabulary, _ = from_pretrained(
         arguments.run, arguments.backend, arguments.device, arguments.last
     )
-    prompt = arguments.start
+    prompt, stop = as_utf8(arguments.start), as_utf8(arguments.stop)
     if prompt.startswith("FILE:"):
         prompt = read_prompt(prompt.removeprefix("FILE:"), vocabulary)
     if arguments.num_samples == 1 and not arguments.output:
@@ -68,13 +74,13 @@ def sample(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         first = next(pieces)  # an unknown character is found before anything is printed
         sys.stdout.write(prompt)
-        write_stream((p for g in ([first], pieces) for p in g), vocabulary, arguments.stop)
+        write_stream((p for g in ([first], pieces) for p in g), vocabulary, stop)
         sys.stdout.write("\n")
         return
     texts = sample(
         model, vocabulary, prompt, arguments.length,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        seed=arguments.seed, streams=arguments.num_samples, stop=arguments.stop,
+        seed=arguments.seed, streams=arguments.num_samples, stop=stop,
         on_unknown=arguments.on_unknown,
         errors="surrogateescape" if arguments.output else "replace",
     )  # fmt: skip
@@ -85,37 +91,48 @@ def sample(arguments: argparse.Namespace) -> None:
         sys.stdout.write(content)
 
 
+def as_utf8(argument: str) -> str:
+    """What was typed, where Python has taken its bytes for those of an ASCII locale."""
+    return os.fsencode(argument).decode("utf-8", "surrogateescape")
+
+
 def eval(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from .charlm.checkpoint import from_pretrained
-    from .charlm.data import LineBatches, encode_file, held_out_part
-    from .charlm.evaluate import evaluate_lines, evaluate_stream
-    from .charlm.model import bits
+    from .charlm.data import LineBatches, encode_file, held_out_part, line_break
+    from .charlm.evaluate import TOO_SHORT, evaluate_lines, evaluate_stream
+    from .charlm.model import bits, perplexity
     from .charlm.options import saved_options
 
+    if arguments.text is None and arguments.on_unknown != "error":
+        raise UsageError("--on-unknown is for another text: what was held out is known")
     model, vocabulary, training = from_pretrained(
         arguments.run, arguments.backend, arguments.device, arguments.last
     )
     name, part = "held out", None
     if arguments.text is None:
-        part = held_out_part(training)
+        part = held_out_part(training, vocabulary)
         pieces = iter(()) if isinstance(part, LineBatches) else iter((part,))
     else:
         name = arguments.text
         pieces = encode_file(arguments.text, vocabulary, arguments.on_unknown)
         if training and saved_options(training).lines:
-            ids = np.concatenate([*pieces])
-            part = LineBatches(ids, 64, vocabulary.characters.index("\n"), 0)
+            ids = np.concatenate([np.empty(0, vocabulary.dtype), *pieces])
+            try:
+                part = LineBatches(ids, 64, line_break(vocabulary), 0)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from None
     start = time.perf_counter()
     if isinstance(part, LineBatches):
         loss, count = evaluate_lines(model, part)
     else:
         loss, count = evaluate_stream(model, pieces)
     if not count:
-        raise UsageError(f"{name}: two characters are the least there is to predict")
+        raise UsageError(f"{name}: {TOO_SHORT}")
     print(
-        f"{name}: {loss:.4f} nats, {bits(loss):.4f} bits/character, perplexity {exp(loss):.3f} "
+        f"{name}: {loss:.4f} nats, {bits(loss):.4f} bits/character, "
+        f"perplexity {perplexity(loss):.3f} "
         f"({count:,} characters, {count / (time.perf_counter() - start):,.0f} a second)"
     )
 
@@ -145,20 +162,21 @@ def bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from .charlm.bench import bench
+    from .charlm.checks import real
     from .charlm.options import TrainOptions
 
-    if not arguments.seconds > 0:
-        raise UsageError("--seconds must be positive")
+    real("--seconds", arguments.seconds, open=True)
     if getattr(arguments, "threads", 0) is False:  # given without a number
         print_scaling(arguments.seconds)
         return
     options = replace(TrainOptions(), **given_options(arguments))
     rows = bench(options, arguments.seconds)
     print(
-        f"{options.num_layers} x {options.hidden_size}, batch {options.batch_size}, "
+        f"{options.model_config(1).describe()}, batch {options.batch_size}, "
         f"sequences of {options.seq_length}, {torch.get_num_threads()} threads; characters/s"
     )
-    print(f"{'':24} {'charrnn_fast':>14} {'torch.nn.RNN':>14} {'ratio':>7}")
+    reference = f"torch.nn.{options.cell.upper()}"
+    print(f"{'':24} {'charrnn_fast':>14} {reference:>14} {'ratio':>7}")
     for row in rows:
         print(f"{row.task:24} {row.fast:14,.0f} {row.torch:14,.0f} {row.fast / row.torch:7.2f}")
 
@@ -203,6 +221,9 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
+    from .charlm.checks import whole
     from .charlm.demo import demo
 
-    demo(arguments.out_dir, arguments.max_epochs, arguments.max_iters)
+    whole("--max-epochs", arguments.max_epochs, 1)
+    whole("--max-iters", arguments.max_iters)
+    demo(arguments.out_dir, arguments.max_epochs, arguments.max_iters, arguments.cell)

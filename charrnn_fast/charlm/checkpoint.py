@@ -3,7 +3,8 @@
     RUN/config.json          what the weights mean, and every option of the training
     RUN/vocab.json           the characters
     RUN/model.safetensors    the best weights so far; these names load into plain torch.nn modules
-    RUN/last.safetensors     the last weights, optimizer, random state, carried state and counters
+    RUN/last.safetensors     the last weights (and their average, where one is kept), optimizer,
+                             random state, carried state and counters
     RUN/metrics.jsonl        one line for each measurement
 
 Nothing is pickled, so nothing that is loaded can run code, and nothing is allocated on the word of
@@ -28,12 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from . import checks
 from .errors import UsageError
-from .group import usable_device
-from .model import Backend, CharRNN, ModelConfig, build_model
+from .group import usable_device, use_kernels
+from .model import GATES, Backend, CharRNN, ModelConfig, build_model
 from .vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2  # 1: before there were cells other than rnn
 CONFIG, VOCABULARY = "config.json", "vocab.json"
 MODEL, LAST, METRICS = "model.safetensors", "last.safetensors", "metrics.jsonl"
 LOCK = ".lock"
@@ -152,25 +154,16 @@ def check_format(path: Path, version: object) -> None:
         )
 
 
-def config_of(model: CharRNN) -> ModelConfig:
-    rnn = model.rnn
-    return ModelConfig(
-        vocab_size=rnn.input_size,
-        hidden_size=rnn.hidden_size,
-        num_layers=rnn.num_layers,
-        nonlinearity=rnn.mode.removeprefix("RNN_").lower(),  # type: ignore[arg-type]
-        dropout=model.dropout.p,
-    )
-
-
 def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a model's weights, one by one: nothing is allocated."""
-    V, H = config.vocab_size, config.hidden_size
+    V, H, E, G = config.vocab_size, config.hidden_size, config.embedding_size, GATES[config.cell]
+    if E:
+        yield "embedding.weight", (V, E)
     for layer in range(config.num_layers):
-        yield f"rnn.weight_ih_l{layer}", (H, H if layer else V)
-        yield f"rnn.weight_hh_l{layer}", (H, H)
-        yield f"rnn.bias_ih_l{layer}", (H,)
-        yield f"rnn.bias_hh_l{layer}", (H,)
+        yield f"rnn.weight_ih_l{layer}", (G * H, H if layer else E or V)
+        yield f"rnn.weight_hh_l{layer}", (G * H, H)
+        yield f"rnn.bias_ih_l{layer}", (G * H,)
+        yield f"rnn.bias_hh_l{layer}", (G * H,)
     yield "head.weight", (V, H)
     yield "head.bias", (V,)
 
@@ -206,7 +199,12 @@ def save_settings(
 def read_settings(folder: Path) -> tuple[ModelConfig, Vocabulary, dict[str, Any]]:
     path = folder / CONFIG
     if not folder.is_dir():
-        raise UsageError(f"no such run: {folder}")
+        hint = ""
+        if (folder.parent / CONFIG).is_file():
+            hint = f"; it is a file of the run {folder.parent}: name the folder"
+        elif folder.exists():
+            hint = ": it is a file; a run is a folder"
+        raise UsageError(f"no such run: {folder}{hint}")
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is damaged: not an object")
@@ -233,9 +231,14 @@ def read_settings(folder: Path) -> tuple[ModelConfig, Vocabulary, dict[str, Any]
 
 def save_pretrained(folder: str | Path, model: CharRNN, vocabulary: Vocabulary) -> None:
     """Writes a model and its vocabulary as a folder that ``from_pretrained`` reads."""
-    folder = Path(folder)
+    folder = Path(checks.path("the folder", folder))
+    if len(vocabulary) != model.config.vocab_size:
+        raise UsageError(
+            f"the vocabulary has {len(vocabulary)} characters, "
+            f"but the model has {model.config.vocab_size}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    save_settings(folder, config_of(model), vocabulary, {})
+    save_settings(folder, model.config, vocabulary, {})
     write_tensors(folder / MODEL, model.state_dict(), {})
 
 
@@ -250,11 +253,29 @@ def from_pretrained(
     Raises UsageError for a folder that is none, and for files that are damaged, do not fit each
     other, or come from a newer version.
     """
-    folder, device = Path(folder), usable_device(device)
+    device = usable_device(device)
+    use_kernels()
+    saved = read_weights(Path(checks.path("the folder", folder)), last)
+    model = build_model(saved.config, backend)
+    model.load_state_dict(saved.tensors)
+    return Pretrained(model.to(device).eval(), saved.vocabulary, saved.training)
+
+
+class Weights(NamedTuple):
+    """What a folder holds of a model, checked, before there is one."""
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    training: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_weights(folder: Path, last: bool = False) -> Weights:
+    """The best weights of a folder, or the last ones; UsageError as from ``from_pretrained``."""
     config, vocabulary, training = read_settings(folder)
     path = folder / (LAST if last else MODEL)
-    tensors, _ = read_tensors(path, "model." if last else "")
+    tensors, _ = read_tensors(path, "average." if last else "")
+    if last and not tensors:  # no average is kept
+        tensors, _ = read_tensors(path, "model.")
     check_weights(config, tensors, path)
-    model = build_model(config, backend)
-    model.load_state_dict(tensors)
-    return Pretrained(model.to(device).eval(), vocabulary, training)
+    return Weights(config, vocabulary, training, tensors)

@@ -73,8 +73,11 @@ class Corpus(NamedTuple):
     ids: Ids
 
 
-def load_corpus(path: str | Path | None = None, byte_mode: bool = False) -> Corpus:
-    """Reads a UTF-8 file (or the built-in text) and makes the vocabulary of its characters.
+def load_corpus(
+    path: str | Path | None = None, byte_mode: bool = False, known: Vocabulary | None = None
+) -> Corpus:
+    """Reads a UTF-8 file (or the built-in text) and makes the vocabulary of its characters, and of
+    those of ``known``.
 
     The file is read twice, piece by piece, so that memory stays near one id a character. In byte
     mode any file is read, once, and the ids are its bytes.
@@ -98,16 +101,26 @@ def load_corpus(path: str | Path | None = None, byte_mode: bool = False) -> Corp
             length += len(piece)
         if length == 0:
             raise UsageError(f"the text is empty: {path}")
-        vocabulary = Vocabulary(map(chr, np.flatnonzero(seen)))
+        characters = "".join(map(chr, np.flatnonzero(seen)))
+        vocabulary = Vocabulary(characters + (known.characters if known else ""))
         ids = np.empty(length, dtype=vocabulary.dtype)
         start = 0
         for piece in text_pieces(path):
-            ids[start : start + len(piece)] = vocabulary.encode(piece)
-            start += len(piece)
+            end = start + len(piece)
+            if end > length or not seen[to_code_points(piece)].all():
+                raise changed(path)
+            ids[start:end] = vocabulary.encode(piece)
+            start = end
+        if start < length:
+            raise changed(path)
     if len(ids) < 2:
         what = "is empty" if len(ids) == 0 else "has a single character"
         raise UsageError(f"the text {what}: {path}; two are the least there is to predict")
     return Corpus(vocabulary, ids)
+
+
+def changed(path: str | Path | None) -> UsageError:
+    return UsageError(f"{path} changed while it was read: try again when it is complete")
 
 
 def encode_file(
@@ -254,16 +267,22 @@ def prepare(
     if not options.lines:
         batches = StreamBatches(train, options.batch_size, options.seq_length)
         return batches, held_out if len(held_out) > 1 else None
-    end = vocabulary.characters.find("\n")
-    if end < 0:
-        raise UsageError("--lines needs a text with line breaks")
+    end = line_break(vocabulary)
     cut = len(train) - int((train[::-1] == end).argmax()) if end in train else len(train)
     lines = LineBatches(ids[:cut], options.batch_size, end, options.seed)
     rest = ids[cut:]
     return lines, LineBatches(rest, options.batch_size, end, 0) if (rest != end).any() else None
 
 
-def held_out_part(saved: dict[str, Any]) -> Ids | LineBatches:
+def line_break(vocabulary: Vocabulary) -> int:
+    """The id that ends a line; UsageError where there is none."""
+    end = vocabulary.characters.find("\n")
+    if end < 0:
+        raise UsageError("--lines needs a text with line breaks")
+    return end
+
+
+def held_out_part(saved: dict[str, Any], vocabulary: Vocabulary) -> Ids | LineBatches:
     """What a run held out of its text, by the options in its config.json.
 
     UsageError where that is not to be had: the text has moved or changed, or nothing was held out.
@@ -271,7 +290,7 @@ def held_out_part(saved: dict[str, Any]) -> Ids | LineBatches:
     if not saved:
         raise UsageError("this folder holds a model without its training: name a text")
     options = saved_options(saved)
-    corpus = load_corpus(options.text, options.bytes)
+    corpus = load_corpus(options.text, options.bytes, vocabulary)
     if text_hash(corpus.ids) != saved.get("text_sha256"):
         raise UsageError(f"{options.text or 'the built-in text'} has changed since the training")
     _, part = prepare(options, corpus.vocabulary, corpus.ids)

@@ -8,10 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from .checks import whole
 from .data import PAD, LineBatches, to_tensor
-from .model import CharRNN
+from .errors import UsageError
+from .model import CharRNN, State, steps_at_once
 from .vocabulary import Ids
+
+TOO_SHORT = "two characters are the least there is to predict"
+LINES = 1 << 20  # characters of padded lines that are held at once
 
 
 @torch.no_grad()
@@ -19,21 +25,38 @@ def evaluate(model: CharRNN, ids: Ids, streams: int = 1, seq_length: int = 256) 
     """Mean loss over a text, nats a character, with the state carried along.
 
     ``streams`` parts of the text are read side by side, each from a zero state; the characters
-    that are left over (fewer than ``streams``) are not read. One stream is exact.
+    that are left over (fewer than ``streams``) are not read. One stream is exact. At most
+    ``seq_length`` steps are computed at once, and fewer where the vocabulary is large. UsageError
+    for a text of less than two characters.
     """
+    streams, seq_length = whole("streams", streams, 1), whole("seq_length", seq_length, 1)
+    if len(ids) < 2:
+        raise UsageError(TOO_SHORT)
     streams = max(1, min(streams, (len(ids) - 1) // seq_length))
     length = (len(ids) - 1) // streams
     tokens = ids[: length * streams].reshape(streams, length).T
     targets = ids[1 : length * streams + 1].reshape(streams, length).T
-    device = model.head.weight.device
-    total, state = torch.zeros((), dtype=torch.float64), None
+    state: State | None = None
+    total = torch.zeros((), dtype=torch.float64)
     with _evaluating(model):
-        for start in range(0, length, seq_length):
-            rows = slice(start, start + seq_length)
-            logits, state = model(to_tensor(tokens[rows], device), state)
-            target = to_tensor(targets[rows], device).flatten()
-            total += F.cross_entropy(logits.flatten(0, 1), target, reduction="sum").cpu()
+        rows = steps_at_once(model.config.vocab_size, streams, seq_length)
+        for start in range(0, length, rows):
+            part = slice(start, start + rows)
+            loss, state = losses(model, to_tensor(tokens[part]), to_tensor(targets[part]), state)
+            total += loss
     return total.item() / (length * streams)
+
+
+def losses(
+    model: CharRNN, tokens: Tensor, targets: Tensor, state: State | None, reduction: str = "sum"
+) -> tuple[Tensor, State]:
+    """Nats of the targets ``[T, B]`` that are not PAD, ``reduction`` as of cross_entropy; and the
+    state after the tokens ``[T, B]``."""
+    device = model.head.weight.device
+    logits, state = model(tokens.to(device), state)
+    target = targets.to(device).flatten()
+    loss = F.cross_entropy(logits.flatten(0, 1), target, ignore_index=PAD, reduction=reduction)
+    return loss.cpu(), state
 
 
 @torch.no_grad()
@@ -54,16 +77,18 @@ def surprisals(
     model: CharRNN, pieces: Iterable[Ids], seq_length: int = 1024
 ) -> Iterable[npt.NDArray[np.float32]]:
     """Nats of each character given all before it, but for the very first one, piece by piece."""
-    device = model.head.weight.device
-    state, last = None, None
+    state: State | None = None
+    last: Ids | None = None
     with _evaluating(model):
+        rows = steps_at_once(model.config.vocab_size, 1, seq_length)
         for piece in pieces:
+            if not len(piece):
+                continue
             ids = piece if last is None else np.concatenate([last, piece])
-            for start in range(0, len(ids) - 1, seq_length):
-                part = ids[start : start + seq_length + 1]
-                logits, state = model(to_tensor(part[:-1, None], device), state)
-                target = to_tensor(part[1:], device)
-                yield F.cross_entropy(logits[:, 0], target, reduction="none").cpu().numpy()
+            for start in range(0, len(ids) - 1, rows):
+                part = to_tensor(ids[start : start + rows + 1, None])
+                loss, state = losses(model, part[:-1], part[1:], state, "none")
+                yield loss.numpy()
             last = ids[-1:]
 
 
@@ -73,20 +98,24 @@ def evaluate_lines(model: CharRNN, batches: LineBatches) -> tuple[float, int]:
 
     Returns it and the number of characters predicted.
     """
-    device = model.head.weight.device
     total, count = torch.zeros((), dtype=torch.float64), 0
-    lines = np.argsort(batches.ends - batches.starts, kind="stable")
+    lengths = batches.ends - batches.starts + 1
+    lines = np.argsort(lengths, kind="stable")
+    start = 0
     with _evaluating(model):
-        for start in range(0, len(lines), batches.batch_size):
-            batch = batches.pad(lines[start : start + batches.batch_size])
-            logits, _ = model(batch.tokens.to(device))
-            total += F.cross_entropy(
-                logits.flatten(0, 1),
-                batch.targets.to(device).flatten(),
-                ignore_index=PAD,
-                reduction="sum",
-            ).cpu()
+        while start < len(lines):
+            end = min(start + batches.batch_size, len(lines))
+            while end > start + 1 and (end - start) * lengths[lines[end - 1]] > LINES:
+                end -= 1
+            batch = batches.pad(lines[start:end])
+            state: State | None = None
+            rows = steps_at_once(model.config.vocab_size, end - start, len(batch.tokens))
+            for first in range(0, len(batch.tokens), rows):
+                part = slice(first, first + rows)
+                loss, state = losses(model, batch.tokens[part], batch.targets[part], state)
+                total += loss
             count += batch.count
+            start = end
     return total.item() / count, count
 
 

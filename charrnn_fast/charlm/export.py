@@ -2,6 +2,7 @@
 
     tokens [B] int64, state [layers, B, H]  ->  logits [B, V], next_state [layers, B, H]
 
+An LSTM has ``cell_state`` and ``next_cell_state`` besides.
 The graph's metadata holds the vocabulary (``vocabulary``, as in vocab.json), so the file is enough
 to draw text with.
 """
@@ -9,17 +10,19 @@ to draw text with.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .checkpoint import config_of, write_atomic
+from .checkpoint import write_atomic
 from .errors import UsageError
 from .model import CharRNN
 from .vocabulary import Vocabulary
 
+STATES = ("state", "cell_state")
 OPSET, IR_VERSION = 17, 8  # what ONNX Runtime has read since 2022
 
 
@@ -30,49 +33,26 @@ def to_onnx(model: CharRNN, vocabulary: Vocabulary) -> bytes:
     except ImportError:
         raise UsageError("the export needs: pip install onnx") from None
 
-    config = config_of(model)
-    weights = {n: t.detach().cpu().float().numpy() for n, t in model.state_dict().items()}
-    constants: dict[str, np.ndarray[Any, Any]] = {
-        "head.weight": weights["head.weight"],
-        "head.bias": weights["head.bias"],
-    }
-    nodes, states, x = [], [], ""
-    for i in range(config.num_layers):
-        w = {part: weights[f"rnn.{part}_l{i}"] for part in ("weight_ih", "weight_hh")}
-        bias = weights[f"rnn.bias_ih_l{i}"] + weights[f"rnn.bias_hh_l{i}"]
-        constants |= {f"index{i}": np.array(i), f"bias{i}": bias, f"W_hh{i}": w["weight_hh"]}
-        nodes.append(helper.make_node("Gather", ["state", f"index{i}"], [f"h{i}"], axis=0))
-        if i == 0:  # the product with a one-hot vector is a row
-            constants["W_ih0"] = np.ascontiguousarray(w["weight_ih"].T)
-            nodes.append(helper.make_node("Gather", ["W_ih0", "tokens"], ["a0"], axis=0))
-        else:
-            constants[f"W_ih{i}"] = w["weight_ih"]
-            nodes.append(helper.make_node("Gemm", [x, f"W_ih{i}"], [f"a{i}"], transB=1))
-        recurrent = [f"h{i}", f"W_hh{i}", f"bias{i}"]
-        nodes.append(helper.make_node("Gemm", recurrent, [f"r{i}"], transB=1))
-        nodes.append(helper.make_node("Add", [f"a{i}", f"r{i}"], [f"s{i}"]))
-        x = f"y{i}"
-        nodes.append(helper.make_node(config.nonlinearity.capitalize(), [f"s{i}"], [x]))
-        constants["first_axis"] = np.array([0])
-        nodes.append(helper.make_node("Unsqueeze", [x, "first_axis"], [f"n{i}"]))
-        states.append(f"n{i}")
-    nodes.append(helper.make_node("Concat", states, ["next_state"], axis=0))
-    nodes.append(helper.make_node("Gemm", [x, "head.weight", "head.bias"], ["logits"], transB=1))
+    config = model.config
+    layers = Graph(model, helper.make_node)
+    x = layers.build()
+    layers.node("Gemm", [x, "head.weight", "head.bias"], "logits", transB=1)
 
-    V, H, layers = config.vocab_size, config.hidden_size, config.num_layers
+    V, H, L = config.vocab_size, config.hidden_size, config.num_layers
     f32, i64 = TensorProto.FLOAT, TensorProto.INT64
+    states = STATES[: config.states]
     graph = helper.make_graph(
-        nodes,
+        layers.nodes,
         "charrnn_step",
         [
             helper.make_tensor_value_info("tokens", i64, ["B"]),
-            helper.make_tensor_value_info("state", f32, [layers, "B", H]),
+            *(helper.make_tensor_value_info(name, f32, [L, "B", H]) for name in states),
         ],
         [
             helper.make_tensor_value_info("logits", f32, ["B", V]),
-            helper.make_tensor_value_info("next_state", f32, [layers, "B", H]),
+            *(helper.make_tensor_value_info(f"next_{name}", f32, [L, "B", H]) for name in states),
         ],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(array, name) for name, array in layers.constants.items()],
     )
     proto = helper.make_model(
         graph,
@@ -84,6 +64,85 @@ def to_onnx(model: CharRNN, vocabulary: Vocabulary) -> bytes:
     checker.check_model(proto, full_check=True)
     content: bytes = proto.SerializeToString()
     return content
+
+
+class Graph:
+    """The nodes of one step of a model's layers, each named after what it computes."""
+
+    def __init__(self, model: CharRNN, make_node: Callable[..., Any]) -> None:
+        self.config, self.make_node = model.config, make_node
+        self.weights = {n: t.detach().cpu().float().numpy() for n, t in model.state_dict().items()}
+        self.constants: dict[str, np.ndarray[Any, Any]] = {
+            "head.weight": self.weights["head.weight"],
+            "head.bias": self.weights["head.bias"],
+            "first_axis": np.array([0]),
+        }
+        self.nodes: list[Any] = []
+
+    def node(self, kind: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
+        self.nodes.append(self.make_node(kind, inputs, list(outputs), **attributes))
+        return outputs[0]
+
+    def build(self) -> str:
+        """All layers; returns the name of the last one's output."""
+        x, ends = "", []
+        for i in range(self.config.num_layers):
+            before = []
+            for name in STATES[: self.config.states]:
+                self.constants[f"index{i}"] = np.array(i)
+                before.append(self.node("Gather", [name, f"index{i}"], f"{name}{i}", axis=0))
+            after = getattr(self, "_" + self.config.cell)(i, x, *before)
+            x = after[0]
+            ends.append([self.node("Unsqueeze", [a, "first_axis"], f"{a}_row") for a in after])
+        for name, rows in zip(STATES, zip(*ends, strict=True), strict=False):
+            self.node("Concat", list(rows), f"next_{name}", axis=0)
+        return x
+
+    def _rnn(self, i: int, x: str, h: str) -> list[str]:
+        total = self.node("Add", [*self._products(i, x, h)], f"s{i}")
+        return [self.node(self.config.nonlinearity.capitalize(), [total], f"y{i}")]
+
+    def _lstm(self, i: int, x: str, h: str, c: str) -> list[str]:
+        total = self.node("Add", [*self._products(i, x, h)], f"s{i}")
+        self.node("Split", [total], *(f"s{i}{gate}" for gate in "ifgo"), axis=1)
+        gates = {gate: self.node("Sigmoid", [f"s{i}{gate}"], f"{gate}{i}") for gate in "ifo"}
+        gates["g"] = self.node("Tanh", [f"s{i}g"], f"g{i}")
+        kept = self.node("Mul", [gates["f"], c], f"kept{i}")
+        new = self.node("Mul", [gates["i"], gates["g"]], f"new{i}")
+        end = self.node("Add", [kept, new], f"c{i}")
+        return [self.node("Mul", [gates["o"], self.node("Tanh", [end], f"t{i}")], f"y{i}"), end]
+
+    def _gru(self, i: int, x: str, h: str) -> list[str]:
+        for side, product in zip("ah", self._products(i, x, h), strict=True):
+            self.node("Split", [product], *(f"{side}{i}{gate}" for gate in "rzn"), axis=1)
+        for gate in "rz":
+            total = self.node("Add", [f"a{i}{gate}", f"h{i}{gate}"], f"s{i}{gate}")
+            self.node("Sigmoid", [total], f"{gate}{i}")
+        reset = self.node("Mul", [f"r{i}", f"h{i}n"], f"reset{i}")
+        n = self.node("Tanh", [self.node("Add", [f"a{i}n", reset], f"s{i}n")], f"n{i}")
+        part = self.node("Mul", [f"z{i}", self.node("Sub", [h, n], f"from{i}")], f"part{i}")
+        return [self.node("Add", [n, part], f"y{i}")]
+
+    def _products(self, i: int, x: str, h: str) -> tuple[str, str]:
+        """``x W_ih' + b_ih`` and ``h W_hh' + b_hh``; the first layer's x is a row of a table."""
+        w = {
+            part: self.weights[f"rnn.{part}_l{i}"]
+            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        names = {part: f"{part}{i}" for part in w}
+        if i == 0:  # the product with a one-hot vector, or of an embedding, is a row
+            table = w["weight_ih"].T
+            if self.config.embedding_size:
+                table = self.weights["embedding.weight"] @ table
+            w["weight_ih"] = table + w["bias_ih"]
+            del w["bias_ih"]
+            first = self.node("Gather", [names["weight_ih"], "tokens"], "a0", axis=0)
+        else:
+            inputs = [x, names["weight_ih"], names["bias_ih"]]
+            first = self.node("Gemm", inputs, f"a{i}", transB=1)
+        self.constants |= {names[part]: np.ascontiguousarray(array) for part, array in w.items()}
+        inputs = [h, names["weight_hh"], names["bias_hh"]]
+        return first, self.node("Gemm", inputs, f"h{i}", transB=1)
 
 
 def export_onnx(model: CharRNN, vocabulary: Vocabulary, path: str | Path) -> None:
@@ -100,14 +159,17 @@ def difference_in_onnxruntime(model: CharRNN, path: str | Path, steps: int = 200
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    config = config_of(model)
+    config = model.config
     tokens = torch.randint(
         config.vocab_size, (steps, 3), generator=torch.Generator().manual_seed(0)
     )
     expected, _ = model.to("cpu").eval()(tokens)
-    state = np.zeros((config.num_layers, 3, config.hidden_size), np.float32)
+    shape = (config.num_layers, 3, config.hidden_size)
+    names = STATES[: config.states]
+    states = [np.zeros(shape, np.float32) for _ in names]
     largest = 0.0
     for row, scores in zip(tokens.numpy(), expected.numpy(), strict=True):
-        logits, state = session.run(None, {"tokens": row, "state": state})
+        inputs = {"tokens": row, **dict(zip(names, states, strict=True))}
+        logits, *states = session.run(None, inputs)
         largest = max(largest, float(np.abs(logits - scores).max()))
     return largest

@@ -9,18 +9,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from charrnn_fast import ops
+
+from . import checks
 from .errors import UsageError
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of a name; UsageError where this PyTorch or this machine has none."""
+    """The device of a name; UsageError where this PyTorch or this machine cannot compute on it."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).add(1).item()  # meta has tensors, but no numbers
+    except (RuntimeError, AssertionError, TypeError, OverflowError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"cannot use the device {str(name)!r}: {reason}") from None
     return device
+
+
+def use_kernels() -> None:
+    """UsageError where CHARRNN_FAST_ISA asks for an instruction set that there is not."""
+    try:
+        ops.current_isa()
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+
+
+def torchrun_variable(name: str, most: int = checks.MOST) -> int:
+    """One of the numbers that torchrun gives to its processes in their environment."""
+    try:
+        return checks.whole(name, int(os.environ[name]), 0, most)
+    except (KeyError, ValueError):
+        found = os.environ.get(name)
+        what = f"{name} is {found!r}" if found else f"{name} is not set"
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, as torchrun sets it, but {what}: start "
+            "the training with torchrun, or unset WORLD_SIZE"
+        ) from None
 
 
 class Group:
@@ -30,20 +54,29 @@ class Group:
     """
 
     def __init__(self, device: str) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.size = torchrun_variable("WORLD_SIZE") if os.environ.get("WORLD_SIZE") else 1
         self.rank = 0
-        if device == "cuda" and "LOCAL_RANK" in os.environ:
+        if device == "cuda" and os.environ.get("LOCAL_RANK"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = usable_device(device)
-        if self.size == 1:
+        if self.size <= 1:
+            self.size = 1
             return
         if not dist.is_initialized():
+            torchrun_variable("RANK", self.size - 1)
+            torchrun_variable("MASTER_PORT", 65535)
+            if not os.environ.get("MASTER_ADDR"):
+                torchrun_variable("MASTER_ADDR")
             # Functions of this module have the group of the whole world as a default argument, and
             # DistributedDataParallel imports it: after the group is made they would keep it for
             # ever.
             from torch.distributed.nn import functional  # noqa: F401
 
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            try:
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UsageError(f"cannot join the other processes of torchrun: {reason}") from None
         self.rank = dist.get_rank()
 
     def parallel(self, model: nn.Module) -> nn.Module:

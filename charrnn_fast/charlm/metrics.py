@@ -14,15 +14,22 @@ from .errors import UsageError
 WriteRow = Callable[[dict[str, Any]], None]
 
 
+def check_tensorboard() -> None:
+    """UsageError where its package is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UsageError("--tensorboard needs: pip install tensorboard") from None
+
+
 @contextmanager
 def metrics_writer(folder: Path, step: int, tensorboard: bool) -> Iterator[WriteRow]:
     """Gives a function that appends one row; the run goes on from ``step``."""
     board: Any = None
     if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("--tensorboard needs: pip install tensorboard") from None
+        check_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(row: dict[str, Any]) -> None:

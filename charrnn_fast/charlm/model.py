@@ -3,77 +3,205 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from . import checks
+from .dropout import LockedDropout
 from .errors import UsageError
 from .head import Head
 
 Backend = Literal["fast", "torch"]
+Cell = Literal["rnn", "lstm", "gru"]
 Nonlinearity = Literal["tanh", "relu", "sigmoid"]
 RecurrentInit = Literal["uniform", "orthogonal"]
+State = tuple[Tensor, ...]  # [layers, B, H] each: h, and c of an LSTM
+
+GATES: dict[Cell, int] = {"rnn": 1, "lstm": 4, "gru": 3}
+READ = 4096  # characters whose inputs and outputs are held at once while text is only read
+NUMBERS = 1 << 22  # of one-hot inputs or scores that are held at once outside of training
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model's weights mean; the backend is no part of it."""
+    """What a model's weights mean, and where dropout acts; the backend is no part of it.
+
+    ``embedding_size`` 0: the first layer reads one-hot vectors, so its W_ih is the embedding.
+    ``output_dropout`` None: that of ``dropout``.
+    """
 
     vocab_size: int
     hidden_size: int = 128
     num_layers: int = 2
     nonlinearity: Nonlinearity = "tanh"
     dropout: float = 0.0
+    cell: Cell = "rnn"  # so that what was saved before there was another one is read as ever
+    embedding_size: int = 0
+    input_dropout: float = 0.0
+    output_dropout: float | None = None
+    weight_dropout: float = 0.0
+    locked_dropout: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not isinstance(self.dropout, (int, float)):
-            raise UsageError(f"dropout must be a number, not {self.dropout!r}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.nonlinearity not in get_args(Nonlinearity):
-            raise UsageError(f"no such nonlinearity: {self.nonlinearity}")
+        for name in (f.name for f in fields(self)):
+            object.__setattr__(self, name, self._checked(name, getattr(self, name)))
+        if self.cell != "rnn" and self.nonlinearity != "tanh":
+            raise UsageError(f"--nonlinearity is for --cell rnn: {self.cell} has its own")
+        if self.input_dropout and not self.embedding_size:
+            raise UsageError("--input-dropout acts on an embedding: it needs --embedding-size")
+
+    @staticmethod
+    def _checked(name: str, value: Any) -> Any:
+        choices = {"nonlinearity": get_args(Nonlinearity), "cell": get_args(Cell)}
+        if name in choices:
+            return checks.one_of(name, value, choices[name])
+        if name == "locked_dropout":
+            return checks.flag(name, value)
+        if name.endswith("dropout"):
+            return None if value is None else checks.real(name, value, below=1.0)
+        return checks.whole(name, value, 0 if name == "embedding_size" else 1)
+
+    @property
+    def states(self) -> int:
+        """The tensors of a carried state: h, and c of an LSTM."""
+        return 2 if self.cell == "lstm" else 1
+
+    @property
+    def weights(self) -> int:
+        """How many numbers a model of these sizes learns."""
+        H, V, E, G = self.hidden_size, self.vocab_size, self.embedding_size, GATES[self.cell]
+        first, other = G * H * ((E or V) + H + 2), G * H * (2 * H + 2)
+        return V * E + first + (self.num_layers - 1) * other + V * (H + 1)
+
+    @property
+    def last_dropout(self) -> float:
+        """The dropout between the last layer and the head."""
+        return self.dropout if self.output_dropout is None else self.output_dropout
+
+    def describe(self) -> str:
+        """``lstm 2 x 128``, for whoever looks at a run."""
+        cell = self.cell if self.nonlinearity == "tanh" else f"{self.cell} ({self.nonlinearity})"
+        embedding = f", embedding of {self.embedding_size}" if self.embedding_size else ""
+        return f"{cell} {self.num_layers} x {self.hidden_size}{embedding}"
 
 
 class CharRNN(nn.Module):
     """Scores of the next character after each character of some sequences.
 
-    ``rnn`` is a ``torch.nn.RNN`` or a ``charrnn_fast.RNN``, time-major; the model does not know
-    which. A module whose ``accepts_tokens`` is true is given ids, any other one one-hot vectors.
+    ``rnn`` is a recurrent module of torch.nn or of charrnn_fast, time-major, of the sizes of
+    ``config``; the model does not know which. A module whose ``accepts_tokens`` is true is given
+    ids, any other one one-hot vectors, where there is no embedding.
     """
 
-    def __init__(self, rnn: nn.RNN, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, rnn: nn.RNNBase) -> None:
         super().__init__()
+        self.config = config
+        self.embedding = (
+            nn.Embedding(config.vocab_size, config.embedding_size)
+            if config.embedding_size
+            else None
+        )
         self.rnn = rnn
-        self.dropout = nn.Dropout(dropout)
-        self.head = Head(rnn.hidden_size, rnn.input_size)
+        kind = LockedDropout if config.locked_dropout else nn.Dropout
+        self.input_dropout = kind(config.input_dropout)
+        self.layer_dropout = kind(config.dropout)
+        self.dropout = kind(config.last_dropout)
+        self.head = Head(config.hidden_size, config.vocab_size)
+        self._layers = self._single_layers() if self._by_layer else ()
 
-    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens ``[T, B]`` (int64) and state ``[layers, B, H]`` (None: zeros) to logits
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Tokens ``[T, B]`` (int64) and state (``[layers, B, H]`` each; None: zeros) to logits
         ``[T, B, V]`` and the state after the last step."""
-        if getattr(self.rnn, "accepts_tokens", False):
-            inputs = tokens
-        else:
-            inputs = F.one_hot(tokens, self.rnn.input_size).to(self.head.weight.dtype)
-        y, state = self.rnn(inputs, state)
+        y, state = self.outputs(tokens, state)
         return self.head(self.dropout(y) if self.dropout.p else y), state
 
+    def outputs(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """What the head is given, ``[T, B, H]``, and the state after the last step."""
+        x = self._inputs(tokens)
+        if self.training and self._by_layer:
+            return self._outputs_by_layer(x, state)
+        return run(self.rnn, x, state)
 
-def rnn_class(backend: Backend) -> type[nn.RNN]:
+    @torch.no_grad()
+    def read(self, tokens: Tensor, state: State | None = None) -> State:
+        """The state after a text ``[T, B]`` of any length, in the memory of a piece of it."""
+        rows = steps_at_once(self.config.vocab_size, tokens.shape[1], READ)
+        for start in range(0, len(tokens), rows):
+            _, state = self.outputs(tokens[start : start + rows], state)
+        if state is None:
+            raise UsageError("there is no text to read")
+        return state
+
+    def _inputs(self, tokens: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x: Tensor = self.embedding(tokens)
+            return self.input_dropout(x) if self.input_dropout.p else x
+        if getattr(self.rnn, "accepts_tokens", False):
+            return tokens
+        return F.one_hot(tokens, self.config.vocab_size).to(self.head.weight.dtype)
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether training acts between layers or on weights, as no recurrent module does."""
+        config = self.config
+        locked = config.locked_dropout and config.dropout and config.num_layers > 1
+        return bool(locked or config.weight_dropout)
+
+    def _single_layers(self) -> tuple[nn.RNNBase, ...]:
+        """Modules of one layer, without weights: those of ``rnn`` are lent to them. Not
+        registered, as they have no state."""
+        first = [self.rnn.input_size] + [self.rnn.hidden_size] * (self.rnn.num_layers > 1)
+        more = {"nonlinearity": self.config.nonlinearity} if self.config.cell == "rnn" else {}
+        kind: Any = type(self.rnn)
+        return tuple(kind(n, self.rnn.hidden_size, device="meta", **more) for n in first)
+
+    def _outputs_by_layer(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        ends = []
+        for i in range(self.rnn.num_layers):
+            weights = {
+                f"{part}_l0": getattr(self.rnn, f"{part}_l{i}")
+                for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            }
+            # One mask for all steps of a call: Merity, Keskar and Socher 2017.
+            weights["weight_hh_l0"] = F.dropout(weights["weight_hh_l0"], self.config.weight_dropout)
+            if i:
+                x = self.layer_dropout(x)
+            layer = self._layers[min(i, 1)]
+            own = None if state is None else tuple(part[i : i + 1] for part in state)
+            x, end = run(layer, x, own, weights)
+            ends.append(end)
+        return x, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+
+
+def run(
+    rnn: nn.RNNBase, x: Tensor, state: State | None, weights: dict[str, Tensor] | None = None
+) -> tuple[Tensor, State]:
+    """A recurrent module with its state as a tuple, whatever its kind; with other weights if
+    given."""
+    hx = None if state is None else state if rnn.mode == "LSTM" else state[0]
+    y, end = rnn(x, hx) if weights is None else functional_call(rnn, weights, (x, hx))
+    return y, end if isinstance(end, tuple) else (end,)
+
+
+def steps_at_once(vocab_size: int, streams: int, most: int) -> int:
+    """How many steps of some streams to compute at once, so that memory is bounded whatever the
+    vocabulary."""
+    return max(1, min(most, NUMBERS // (vocab_size * streams)))
+
+
+def rnn_class(backend: Backend, cell: Cell = "rnn") -> type[nn.RNNBase]:
     """The recurrent module of a backend."""
-    if backend == "torch":
-        return nn.RNN
-    if backend != "fast":
-        raise UsageError(f"no such backend: {backend}; there are fast and torch")
-    from charrnn_fast import RNN
+    import charrnn_fast
 
-    return RNN
+    checks.one_of("backend", backend, get_args(Backend))
+    module = nn if backend == "torch" else charrnn_fast
+    found: type[nn.RNNBase] = getattr(module, checks.one_of("cell", cell, get_args(Cell)).upper())
+    return found
 
 
 def build_model(
@@ -81,36 +209,51 @@ def build_model(
     backend: Backend = "fast",
     recurrent_init: RecurrentInit = "uniform",
     seed: int | None = None,
+    forget_bias: float = 0.0,
 ) -> CharRNN:
     """A model with fresh weights: the same ones for the same ``seed`` whatever the backend.
 
-    ``uniform`` is PyTorch's initialisation; ``orthogonal`` replaces the recurrent matrices by
-    random orthogonal ones (Le, Jaitly and Hinton 2015 and Henaff et al. 2016 say why it helps).
+    ``uniform`` is PyTorch's initialisation; ``orthogonal`` replaces the recurrent matrices, of each
+    gate, by random orthogonal ones (Le, Jaitly and Hinton 2015 and Henaff et al. 2016 say why it
+    helps). An LSTM's forget gates begin at sigmoid(``forget_bias``), where that is not 0
+    (Jozefowicz, Zaremba and Sutskever 2015: 1).
     """
+    rnn_type: Any = rnn_class(backend, config.cell)
     if backend == "torch" and config.nonlinearity == "sigmoid":
         raise UsageError("torch.nn.RNN has no sigmoid; use --backend fast")
     if seed is not None:
         torch.manual_seed(seed)
-    rnn = rnn_class(backend)(
-        config.vocab_size,
-        config.hidden_size,
+    H = config.hidden_size
+    rnn = rnn_type(
+        config.embedding_size or config.vocab_size,
+        H,
         config.num_layers,
-        nonlinearity=config.nonlinearity,
         dropout=config.dropout if config.num_layers > 1 else 0.0,
+        **({"nonlinearity": config.nonlinearity} if config.cell == "rnn" else {}),
     )
-    model = CharRNN(rnn, config.dropout)
+    model = CharRNN(config, rnn)
     if recurrent_init == "orthogonal":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the bits of a QR decomposition depend on it
         try:
             for name, parameter in rnn.named_parameters():
                 if name.startswith("weight_hh"):
-                    nn.init.orthogonal_(parameter)
+                    for gate in parameter.detach().split(H):
+                        nn.init.orthogonal_(gate)
         finally:
             torch.set_num_threads(threads)
+    if config.cell == "lstm" and forget_bias:
+        for name, parameter in rnn.named_parameters():
+            if name.startswith("bias"):  # gates i f g o
+                parameter.detach()[H : 2 * H] = forget_bias if "_ih_" in name else 0.0
     return model
 
 
 def bits(nats: float) -> float:
     """Nats a character as bits a character."""
     return nats / math.log(2)
+
+
+def perplexity(nats: float) -> float:
+    """Of a loss of any size."""
+    return math.exp(nats) if nats < 700 else math.inf

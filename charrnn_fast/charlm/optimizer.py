@@ -6,6 +6,7 @@ Its sums have a fixed order: the same bits for any number of threads.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,21 @@ ALONE = 2**14  # numbers that PyTorch never divides among threads
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), on one vector.
 
+    With ``average``, a decay below 1, an exponential average of the weights is kept besides (Polyak
+    and Juditsky 1992). At the beginning its decay is less, so that it is one of few steps.
+
     All weights of a model become views of one vector, and their gradients of another one: names and
     shapes stay, but ``grad`` is never None, and is to be filled anew after ``zero_grad``.
     """
 
-    def __init__(self, model: nn.Module, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        average: float = 0.0,
+    ) -> None:
+        self.betas, self.decay, self.count = betas, average, 0
         parameters = list(model.parameters())
         self.weight_decay = weight_decay
         self.names = [name for name, _ in model.named_parameters()]
@@ -36,6 +47,7 @@ class AdamW:
         for parameter, weight, gradient in views:
             parameter.data = weight.copy_(parameter.detach())
             parameter.grad = gradient
+        self.average = self.weights.clone() if average else None
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
@@ -56,15 +68,44 @@ class AdamW:
             [],
             [self.steps],
             lr=rate,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
             weight_decay=self.weight_decay,
             eps=1e-8,
             amsgrad=False,
             maximize=False,
             grad_scale=(norm / limit).clamp_(min=1.0) if limit else None,
         )
+        if self.average is not None:
+            self.count += 1
+            decay = min(self.decay, self.count / (self.count + 10))
+            self.average.lerp_(self.weights, 1 - decay)
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the average of its weights for a while, where one is kept."""
+        if self.average is None:
+            yield
+            return
+        last = self.weights.clone()
+        self.weights.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.weights.copy_(last)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by the names of the weights; no copies. Empty where none are kept."""
+        if self.average is None:
+            return {}
+        return dict(zip(self.names, self._views(self.average), strict=True))
+
+    def load_averages(self, averages: dict[str, Tensor]) -> None:
+        """What ``averages`` gave, after ``load_state``."""
+        for name, own in self.averages().items():
+            own.copy_(averages[name])
+        self.count = int(self.steps.item())
 
     def state(self) -> dict[str, Tensor]:
         """What a later optimizer goes on with: ``step``, and for each weight ``NAME.exp_avg`` and

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from .data import LineBatches, held_out_part
 from .errors import UsageError
 from .evaluate import surprisals
 from .metrics import read_metrics
-from .model import Backend, bits
+from .model import Backend, bits, perplexity
 from .sample import sample
 from .vocabulary import Ids, Vocabulary
 
@@ -52,6 +51,7 @@ def write_report(
     UsageError for a folder that is no run, or without matplotlib.
     """
     run = Path(run)
+    name = run.resolve().name
     pretrained = from_pretrained(run, backend)
     rows = read_metrics(run / checkpoint.METRICS)
     parts = [
@@ -61,8 +61,8 @@ def write_report(
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(run.name)}: character model</title><style>{STYLE}</style></head>",
-        f"<body><h1>{html.escape(run.name)}</h1>",
+        f"<title>{html.escape(name)}: character model</title><style>{STYLE}</style></head>",
+        f"<body><h1>{html.escape(name)}</h1>",
         summary(pretrained, rows),
         "<h2>Training</h2>",
         curves(rows),
@@ -95,10 +95,10 @@ def table(rows: Sequence[tuple[str, object]]) -> str:
 
 
 def summary(pretrained: Pretrained, rows: list[dict[str, Any]]) -> str:
-    config = checkpoint.config_of(pretrained.model)
+    config = pretrained.model.config
     _, held_out = series(rows, "val_loss")
     lines: list[tuple[str, object]] = [
-        ("layers x hidden units", f"{config.num_layers} x {config.hidden_size}"),
+        ("cell, layers x hidden units", config.describe()),
         ("weights", f"{sum(p.numel() for p in pretrained.model.parameters()):,}"),
         ("characters in the vocabulary", len(pretrained.vocabulary)),
     ]
@@ -109,7 +109,7 @@ def summary(pretrained: Pretrained, rows: list[dict[str, Any]]) -> str:
         lines += [
             ("best held-out loss, nats/character", f"{best:.4f}"),
             ("bits/character", f"{bits(best):.4f}"),
-            ("perplexity", f"{math.exp(best):.2f}"),
+            ("perplexity", f"{perplexity(best):.2f}"),
         ]
     return table(lines)
 
@@ -172,7 +172,7 @@ def samples(pretrained: Pretrained) -> str:
 def surprises(pretrained: Pretrained) -> str:
     """Held-out characters on a background that says how little the model expected each."""
     try:
-        part = held_out_part(pretrained.training)
+        part = held_out_part(pretrained.training, pretrained.vocabulary)
     except (UsageError, OSError) as error:
         return f'<p class="note">Not to be had: {html.escape(str(error))}.</p>'
     ids = (part.ids if isinstance(part, LineBatches) else part)[:SHOWN]

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from charrnn_fast import RNN, ops
 
+from . import checks
 from .data import to_tensor
-from .errors import UsageError
 from .head import Head
-from .model import CharRNN
+from .model import READ, CharRNN, State
 from .options import check_seed
 from .vocabulary import OnUnknown, Vocabulary
+
+MOST_STREAMS = 1 << 20  # at once
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class SampleOptions:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.temperature < float("inf")):
-            raise UsageError(f"the temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top-k must be 0 (all) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must be in (0, 1], not {self.top_p}")
+        plain = {
+            "temperature": checks.real("--temperature", self.temperature),
+            "top_k": checks.whole("--top-k", self.top_k),
+            "top_p": checks.real("--top-p", self.top_p, 0.0, 1.0, open=True, closed=True),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 def draw(logits: Tensor, uniforms: Tensor, options: SampleOptions) -> Tensor:
@@ -66,8 +70,12 @@ def draw(logits: Tensor, uniforms: Tensor, options: SampleOptions) -> Tensor:
 
 
 def step(
-    model: CharRNN, tokens: Tensor, state: Tensor | None, uniforms: Tensor, options: SampleOptions
-) -> tuple[Tensor, Tensor]:
+    model: CharRNN,
+    tokens: Tensor,
+    state: State | None,
+    uniforms: Tensor,
+    options: SampleOptions,
+) -> tuple[Tensor, State]:
     """Draws N characters for S streams: ``uniforms [N, S]`` to ids ``[N, S]`` and the state.
 
     ``tokens [S]`` are the last characters so far, not yet seen by the model whose state is given.
@@ -76,9 +84,9 @@ def step(
     One op does all of it unless ``why_stepwise`` says otherwise; the loop here is its reference.
     """
     if why_stepwise(model) is None:
-        return ops.generate(
+        drawn, end = ops.generate(
             tokens,
-            state,
+            None if state is None else state[0],
             model.rnn._current_weights(),  # type: ignore[operator]
             model.head.weight,
             model.head.bias,
@@ -89,13 +97,14 @@ def step(
             options.top_k,
             options.top_p,
         )
-    drawn = []
+        return drawn, (end,)
+    rows = []
     for row in uniforms:
         logits, state = model(tokens[None], state)
         tokens = draw(logits[0], row, options)
-        drawn.append(tokens)
+        rows.append(tokens)
     assert state is not None
-    return torch.stack(drawn), state
+    return torch.stack(rows), state
 
 
 def why_stepwise(model: CharRNN) -> str | None:
@@ -104,6 +113,8 @@ def why_stepwise(model: CharRNN) -> str | None:
     weights = [*model.rnn.parameters(), *model.head.parameters()]
     if [type(part) for part in parts] != [CharRNN, RNN, nn.Dropout, Head]:
         return "the model is not a CharRNN of a charrnn_fast.RNN"
+    if model.embedding is not None:
+        return "the model has an embedding"
     if model.rnn.bidirectional or model.rnn.batch_first:
         return "the recurrent module is bidirectional or has the batch first"
     if any(part.training for part in parts):
@@ -146,22 +157,31 @@ def stream(
     is not in the vocabulary, unless ``on_unknown`` says what to do with it.
     """
     options = options or SampleOptions()
+    streams, chunk = (
+        checks.whole("streams", streams, 1, MOST_STREAMS),
+        checks.whole("chunk", chunk, 1),
+    )
+    if length is not None:
+        length = checks.whole("length", length)
     device = model.head.weight.device
     generator = torch.Generator()
     if seed is None:
         generator.seed()  # from the system; PyTorch's own random numbers stay as they are
     else:
-        check_seed(seed)
-        generator.manual_seed(seed)
+        generator.manual_seed(check_seed(seed))
     ids = vocabulary.encode(prompt, on_unknown)
-    prefix = to_tensor(ids, device) if len(ids) else torch.tensor([start_token(vocabulary)])
-    prefix = prefix.to(device)
+    if not len(ids):
+        ids = np.array([start_token(vocabulary)], dtype=vocabulary.dtype)
     training = model.training
     model.eval()
     try:
-        state = None
-        if len(prefix) > 1:
-            state = model(prefix[:-1, None])[1].expand(-1, streams, -1).contiguous()
+        state: State | None = None
+        for start in range(0, len(ids) - 1, READ):
+            piece = ids[start : min(start + READ, len(ids) - 1), None]
+            state = model.read(to_tensor(piece, device), state)
+        if state is not None:
+            state = tuple(part.expand(-1, streams, -1).contiguous() for part in state)
+        prefix = to_tensor(ids[-1:], device)
         tokens = prefix[-1:].expand(streams)
         done = 0
         while length is None or done < length:
@@ -199,7 +219,7 @@ def sample(
     none of 1.1 million greedy ones), and with the first of them all that follows.
     """
     options = SampleOptions(temperature, top_k, top_p)
-    texts = [""] * streams
+    texts = [""] * checks.whole("streams", streams, 1, MOST_STREAMS)
     decoders = [vocabulary.decoder(errors) for _ in texts]
     for ids in stream(
         model,

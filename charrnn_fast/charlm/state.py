@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checkpoint
 from .errors import UsageError
+from .model import ModelConfig, State
 
-if TYPE_CHECKING:
-    from .train import Trainer
+CARRIED = ("state", "cell_state")  # the names of h and c
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Progress:
     """The counters of a run: with the tensors of the training state, all that resuming needs."""
 
     step: int = 0
-    best_loss: float = math.inf  # nats, held out (of the last training window without held-out)
+    best_loss: float = math.inf  # nats, held out
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     val_loss: float = math.nan
@@ -31,90 +31,118 @@ class Progress:
     seconds: float = 0.0  # spent in training steps
     finished: bool = False
 
-
-def save_state(trainer: Trainer) -> None:
-    """Writes the training state. Every process calls it, the first one writes."""
-    gather, state = trainer.group.gather, trainer.state
-    tensors = {
-        "window": torch.stack(gather(trainer.window)),
-        "random": torch.stack(gather(torch.get_rng_state())).cpu(),
-    }
-    if trainer.device.type == "cuda":
-        mine = torch.cuda.get_rng_state(trainer.device)
-        tensors["random_cuda"] = torch.stack(gather(mine)).cpu()
-    if state is not None and not trainer.options.lines:
-        # Process r has the sequences r, r + size, ...: interleave them again.
-        tensors["state"] = torch.stack(gather(state), dim=2).flatten(1, 2)
-    if trainer.group.rank:
-        return
-    tensors |= {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    tensors |= {f"optimizer.{k}": v for k, v in trainer.optimizer.state().items()}
-    about = {"progress": asdict(trainer.progress), "text_sha256": trainer.text_hash}
-    checkpoint.write_tensors(trainer.folder / checkpoint.LAST, tensors, about)
+    def check(self) -> None:
+        """ValueError for values that no training has."""
+        for counter in fields(self):
+            value: Any = getattr(self, counter.name)
+            kind = type(counter.default)
+            kinds = (int, float) if kind is float else (kind,)
+            if type(value) not in kinds or value < 0:
+                raise ValueError(f"{counter.name} {value!r}")
 
 
-def check_layout(trainer: Trainer, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """UsageError for a training state that has other parts than ``save_state`` writes: a damaged
-    file loses bytes, but only another version of this package has other names."""
-    progress = about.get("progress")
-    expected = {"window", "random", *(f"optimizer.{name}" for name in trainer.optimizer.state())}
-    missing = expected - tensors.keys()
+@dataclass
+class TrainingState:
+    """A moment of a training, of all its processes together, and its file.
+
+    Rows of ``window`` and ``random`` belong to one process each, by rank; ``carried`` is the state
+    of all sequences, ``[layers, B, H]``, and empty where none is carried.
+    """
+
+    progress: Progress
+    text_hash: str
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    window: Tensor
+    random: Tensor
+    random_cuda: Tensor | None = None
+    carried: State = ()
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        named = {"window": self.window, "random": self.random}
+        if self.random_cuda is not None:
+            named["random_cuda"] = self.random_cuda
+        named |= dict(zip(CARRIED, self.carried, strict=False))
+        for part in ("model", "optimizer", "average"):
+            named |= {f"{part}.{name}": tensor for name, tensor in getattr(self, part).items()}
+        return named
+
+    def write(self, path: Path) -> None:
+        about = {"progress": asdict(self.progress), "text_sha256": self.text_hash}
+        checkpoint.write_tensors(path, self.tensors(), about)
+
+    @classmethod
+    def read(cls, path: Path, config: ModelConfig, like: TrainingState) -> TrainingState:
+        """The state in a file, of a training that is ``like`` another state: with tensors of the
+        same names and, but for the number of processes, the same shapes.
+
+        UsageError for a file that is damaged, of another training, or of another version.
+        """
+        tensors, about = checkpoint.read_tensors(path)
+        if about.get("text_sha256") != like.text_hash:
+            raise UsageError(
+                f"the text is not the one {path.parent} was trained on; resume with that one"
+            )
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor
+        checkpoint.check_weights(config, parts["model"], path)
+        check_layout(path, like, tensors, about.get("progress"))
+        try:
+            progress = Progress(**about["progress"])
+            progress.check()
+            for kind, named in (("optimizer", like.optimizer), ("average", like.average)):
+                for name, own in named.items():
+                    check_shape(f"the {kind}'s state of {name}", parts[kind][name], own)
+            carried = tuple(tensors[name] for name in CARRIED if name in tensors)
+            for tensor, own in zip(carried, like.carried if progress.step else (), strict=True):
+                check_shape("the carried state", tensor, own)
+            check_shape("window", tensors["window"], tensors["random"][:, 0])
+            check_shape("random", tensors["random"][0], like.random[0])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UsageError(f"{path} is damaged: {error}") from None
+        return cls(
+            progress,
+            like.text_hash,
+            window=tensors["window"],
+            random=tensors["random"],
+            random_cuda=tensors.get("random_cuda"),
+            carried=carried,
+            **parts,
+        )
+
+
+def check_shape(what: str, tensor: Tensor, own: Tensor) -> None:
+    if tensor.shape != own.shape:
+        raise ValueError(f"{what} is {tuple(tensor.shape)}, expected {tuple(own.shape)}")
+
+
+def check_layout(
+    path: Path, like: TrainingState, tensors: dict[str, Tensor], progress: Any
+) -> None:
+    """UsageError for a training state that has other parts than ``write`` gives it: a damaged file
+    loses bytes, but only another version of this package has other names."""
+    missing = like.tensors().keys() - {"random_cuda"} - tensors.keys()
     if isinstance(progress, dict):
         missing |= {field.name for field in fields(Progress)} ^ progress.keys()
-        if progress.get("step") and not trainer.options.lines:
-            missing |= {"state"} - tensors.keys()
+        if not progress.get("step"):
+            missing -= set(CARRIED)
     if missing:
         raise UsageError(
-            f"{trainer.folder / checkpoint.LAST} was written by another version of charrnn_fast, "
+            f"{path} was written by another version of charrnn_fast, "
             f"whose training state has another layout (see {min(missing)}): this version uses its "
             "weights, but cannot resume the run"
         )
 
 
-def restore_state(trainer: Trainer) -> None:
-    """Reads it again, if any was written. UsageError for a file that is damaged or does not fit."""
-    path = trainer.folder / checkpoint.LAST
-    if not path.exists():  # stopped before the first checkpoint: the beginning is the same
-        return
-    tensors, about = checkpoint.read_tensors(path)
-    if about.get("text_sha256") != trainer.text_hash:
-        raise UsageError(
-            f"the text is not the one {trainer.folder} was trained on; resume with that one"
-        )
-    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-    checkpoint.check_weights(trainer.config, weights, path)
-    check_layout(trainer, tensors, about)
-    trainer.model.load_state_dict(weights)
-    group, device = trainer.group, trainer.device
-    try:
-        progress = Progress(**about["progress"])
-        trainer.optimizer.load_state(
-            {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        )
-        same_group = group.size == len(tensors["random"])
-        if same_group:
-            torch.set_rng_state(tensors["random"][group.rank].clone())
-        if "random_cuda" in tensors and device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random_cuda"][group.rank], device)
-        if same_group:
-            trainer.window.copy_(tensors["window"][group.rank])
-        elif group.rank == 0:
-            trainer.window.copy_(tensors["window"].sum())
-        if "state" in tensors:
-            batch_size = trainer.batches.batch_size
-            shape = (trainer.config.num_layers, batch_size, trainer.config.hidden_size)
-            if tensors["state"].shape != shape:
-                raise ValueError(f"the carried state is {tuple(tensors['state'].shape)}")
-            mine = tensors["state"][:, group.rank :: group.size]
-            trainer.state = mine.contiguous().to(device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
-    if type(progress.step) is not int or progress.step < 0:
-        raise UsageError(f"{path} is damaged: step {progress.step!r}")
-    if progress.step >= trainer.total_steps:
-        raise UsageError(
-            f"{trainer.folder} is finished at step {progress.step}; to go on, give more "
-            + ("--max-iters" if trainer.options.max_iters else "--max-epochs")
-        )
-    progress.finished = False  # it had stopped early, perhaps
-    trainer.progress = progress
+def step_of(path: Path) -> int:
+    """The step of a training state, 0 where none has been written."""
+    if not path.exists():
+        return 0
+    _, about = checkpoint.read_tensors(path, "no tensor")
+    step = about.get("progress", {}).get("step")
+    return step if type(step) is int else -1

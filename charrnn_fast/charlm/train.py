@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,13 +27,19 @@ from . import checkpoint
 from .data import PAD, LineBatches, load_corpus, prepare, text_hash
 from .errors import TrainingDiverged, UsageError
 from .evaluate import evaluate, evaluate_lines
-from .group import Group
-from .metrics import WriteRow, metrics_writer, trim_metrics
-from .model import ModelConfig, bits, build_model
+from .finetune import adapt, known_vocabulary, started_options, what_became
+from .group import Group, use_kernels
+from .interrupts import interrupts
+from .metrics import WriteRow, check_tensorboard, metrics_writer
+from .model import ModelConfig, State, bits, build_model
 from .optimizer import AdamW
-from .options import TrainOptions, learning_rate, resumed_options, use_threads
+from .options import TrainOptions, learning_rate, resumed_options, unused, use_threads
+from .run import Run
 from .sample import sample
-from .state import Progress, restore_state, save_state
+from .state import Progress, TrainingState
+from .vocabulary import Vocabulary
+
+BYTES = 4  # of a weight
 
 
 class Trainer:
@@ -54,15 +59,23 @@ class Trainer:
         say: Callable[[str], None] | None = print,
         on_loss: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self.folder = Path(options.out_dir)
-        self._check_folder(resume, overwrite)
+        if resume and not overwrite:
+            options = resumed_options(options.out_dir, vars(options))
         self.options, self.on_loss = options, on_loss
+        if options.tensorboard:
+            check_tensorboard()
+        use_kernels()
         self.group = Group(options.device)
-        self.device = self.group.device
-        self.say = say if say and self.group.rank == 0 else (lambda line: None)
+        first = self.group.rank == 0
+        self.home = Run(options.out_dir, resume=resume, overwrite=overwrite, writes=first)
+        self.folder, self.device = self.home.folder, self.group.device
+        self.say = say if say and first else (lambda line: None)
         use_threads(options.threads)
+        for note in unused(options):
+            self.say(f"note: {note}")
 
-        corpus = load_corpus(options.text, options.bytes)
+        known, source = self._known(resume)
+        corpus = load_corpus(options.text, options.bytes, known)
         self.vocabulary = corpus.vocabulary
         self.text_hash = text_hash(corpus.ids)
         self.batches, self.held_out = prepare(options, self.vocabulary, corpus.ids)
@@ -76,55 +89,45 @@ class Trainer:
         self.total_steps = options.max_iters or options.max_epochs * epoch
         self.eval_interval = options.eval_interval or epoch
 
-        self.config = ModelConfig(
-            len(self.vocabulary),
-            options.hidden_size,
-            options.num_layers,
-            options.nonlinearity,
-            options.dropout,
-        )
+        self.config = options.model_config(len(self.vocabulary))
+        check_memory(self.config)
         self.model = build_model(
-            self.config, options.backend, options.recurrent_init, options.seed
-        ).to(self.device)
+            self.config,
+            options.backend,
+            options.recurrent_init,
+            options.seed,
+            options.forget_bias,
+        )
+        if source is not None and known is not None:
+            adapt(self.model, self.vocabulary, source, known)
+            seen = Vocabulary(map(self.vocabulary.characters.__getitem__, np.unique(corpus.ids)))
+            about = what_became(self.vocabulary, known, seen)
+            self.say(f"begins with the weights of {options.init_from}: {about}")
+        self.model.to(self.device)
         torch.manual_seed(options.seed + self.group.rank)  # the dropout of each process
-        self.optimizer = AdamW(self.model, options.weight_decay)
+        self.optimizer = AdamW(
+            self.model, options.weight_decay, (options.beta1, options.beta2), options.average
+        )
         self.call = self.group.parallel(self.model)
-        self.state: Tensor | None = None  # [layers, B, H], carried from step to step
+        self.state: State | None = None  # carried from step to step
         self.window = torch.zeros((), device=self.device)  # sum of losses since the last log
         self.norm = torch.zeros((), device=self.device)  # of the last step's gradients
         self.rate = math.nan  # of the last step
         self.progress = Progress()
-        with self._lock():
-            if self.group.rank == 0:
-                self._check_folder(resume, overwrite)  # another one may have begun meanwhile
-            if resume:
-                restore_state(self)
-            if self.group.rank == 0:
-                if resume:
-                    trim_metrics(self.folder, self.progress.step)
-                else:
-                    for name in (checkpoint.CONFIG, checkpoint.LAST, checkpoint.MODEL):
-                        (self.folder / name).unlink(missing_ok=True)  # of one that is overwritten
-                    checkpoint.write_atomic(self.folder / checkpoint.METRICS, b"")
-                # Of a resumed run as well: the next resumption goes on with what has changed now.
-                settings = {**asdict(options), "text_sha256": self.text_hash}
-                if options.text is not None:  # wherever one stands when the run goes on
-                    settings["text"] = os.path.abspath(options.text)
-                checkpoint.save_settings(self.folder, self.config, self.vocabulary, settings)
+        if resume:
+            self._restore()
 
-    def _lock(self) -> AbstractContextManager[None]:
-        """One process writes a run: the first one of a group, and no other training."""
-        return checkpoint.lock(self.folder) if self.group.rank == 0 else nullcontext()
-
-    def _check_folder(self, resume: bool, overwrite: bool) -> None:
-        exists = (self.folder / checkpoint.CONFIG).exists()
-        if resume and not exists:
-            raise UsageError(f"no run to resume in {self.folder}")
-        if exists and not (resume or overwrite):
-            raise UsageError(
-                f"{self.folder} already holds a run; choose another --out-dir, or --resume it, "
-                "or --overwrite it"
-            )
+    def _known(self, resume: bool) -> tuple[Vocabulary | None, dict[str, Tensor] | None]:
+        """The vocabulary that a run begins with, and the weights, where it does not start anew."""
+        options = self.options
+        if resume and (self.folder / checkpoint.LAST).exists():
+            return checkpoint.read_settings(self.folder)[1], None
+        if options.init_from is None:
+            return None, None
+        if os.path.realpath(options.init_from) == os.path.realpath(self.folder):
+            raise UsageError(f"--init-from and --out-dir are both {self.folder}: choose another")
+        source = checkpoint.read_weights(Path(options.init_from))
+        return known_vocabulary(options, source.config, source.vocabulary), source.tensors
 
     def train_step(self) -> Tensor:
         """One step; returns its mean loss in nats a character (this process's share of it)."""
@@ -134,7 +137,7 @@ class Trainer:
         if batch.fresh:
             self.state = None
         logits, state = self.call(tokens, self.state)
-        self.state = state.detach()
+        self.state = tuple(part.detach() for part in state)
         loss = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
         )
@@ -150,20 +153,31 @@ class Trainer:
         return loss
 
     def evaluate(self) -> float:
-        """Held-out loss in nats a character, or NaN where nothing is held out."""
+        """Held-out loss in nats a character, of the averaged weights where an average is kept; NaN
+        where nothing is held out."""
         if self.held_out is None:
             return math.nan
-        if isinstance(self.held_out, LineBatches):
-            return evaluate_lines(self.model, self.held_out)[0]
-        return evaluate(self.model, self.held_out, self.options.batch_size)
+        with self.optimizer.averaged():
+            if isinstance(self.held_out, LineBatches):
+                return evaluate_lines(self.model, self.held_out)[0]
+            return evaluate(self.model, self.held_out, self.options.batch_size)
 
     def run(self) -> Progress:
         """Trains to the end, or until Ctrl-C or early stopping, and leaves a checkpoint.
 
         Raises TrainingDiverged when the loss is NaN, infinite, or ten times that of guessing.
         """
-        with self._lock():
+        with self._begun():
+            self.say(
+                f"{self.config.describe()}: {self.config.weights:,} weights, "
+                f"{len(self.vocabulary)} characters, {self.total_steps} steps"
+            )
             return self._run()
+
+    def _begun(self) -> AbstractContextManager[None]:
+        """The lock on the run's folder, where its settings are written by now."""
+        settings = {**asdict(self.options), "text_sha256": self.text_hash}
+        return self.home.begun(self.config, self.vocabulary, settings, self.progress.step)
 
     def _run(self) -> Progress:
         options, progress = self.options, self.progress
@@ -173,6 +187,7 @@ class Trainer:
             initial=progress.step * (chars or 1),
             unit="char" if chars else "step",
             unit_scale=True,
+            desc=self.config.cell,
             disable=self.group.rank != 0 or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -213,7 +228,7 @@ class Trainer:
         if self.group.agree(bool(interrupted)) and not progress.finished:
             raise KeyboardInterrupt(
                 f"stopped at step {progress.step}; "
-                f"go on with: charrnn-fast train --resume {self.folder}"
+                f"go on with: {self.home.command('train --resume')}"
             )
         return progress
 
@@ -232,7 +247,10 @@ class Trainer:
         row: dict[str, Any] = {"train_loss": mean, "grad_norm": norm, "lr": self.rate}
         row["chars_per_second"] = round(self.chars_per_step * steps / progress.window_seconds)
         write(self._row(row))
-        bar.set_postfix(loss=f"{mean:.3f}", bpc=f"{bits(progress.val_loss):.3f}", refresh=False)
+        shown = {"loss": f"{mean:.3f}"}
+        if math.isfinite(progress.val_loss):
+            shown["bpc"] = f"{bits(progress.val_loss):.3f}"
+        bar.set_postfix(shown, refresh=False)
         self.window.zero_()
         progress.window_steps, progress.window_seconds = 0, 0.0
 
@@ -265,34 +283,45 @@ class Trainer:
 
     def _keep_best(self, write: WriteRow) -> None:
         """Evaluates, tells, and keeps the weights if they are the best so far."""
+        with self.optimizer.averaged():
+            loss = self.evaluate()
+            best = self._tell(loss, write)
+            if best and self.group.rank == 0:
+                about: dict[str, Any] = {"step": self.progress.step}
+                about |= {} if self.held_out is None else {"val_loss": loss}
+                path = self.folder / checkpoint.MODEL
+                checkpoint.write_tensors(path, self.model.state_dict(), about)
+            if self.options.sample_length and self.group.rank == 0:
+                length, seed = self.options.sample_length, self.options.seed
+                text = sample(self.model, self.vocabulary, "", length, seed=seed)
+                write(self._row({"sample": text[0]}))
+                self.say(text[0])
+
+    def _tell(self, loss: float, write: WriteRow) -> bool:
+        """Says how a step did, and whether it is the best so far; without a held-out part that is
+        always the last one."""
         progress = self.progress
-        progress.val_loss = loss = self.evaluate()
-        if self.held_out is None:  # the last weights are the best ones
-            loss = progress.best_loss = math.inf
+        progress.val_loss = loss
+        line = (
+            f"epoch {progress.step / len(self.batches):.4g}  step {progress.step}  "
+            f"train {progress.train_loss:.4f} nats"
+        )
+        if self.held_out is None:
+            best = True
         elif not math.isfinite(loss):
             self._diverged(f"the held-out loss became {loss}")
         else:
+            best = loss < progress.best_loss
             write(self._row({"val_loss": loss, "val_bpc": bits(loss)}))
-        epoch = progress.step / len(self.batches)
-        self.say(
-            f"epoch {epoch:.4g}  step {progress.step}  train {progress.train_loss:.4f} nats  "
-            f"held out {progress.val_loss:.4f} nats, {bits(progress.val_loss):.4f} bits/character"
-        )
-        if loss < progress.best_loss or self.held_out is None:
-            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
-            if self.group.rank == 0:
-                about = {"step": progress.step, "val_loss": progress.val_loss}
-                checkpoint.write_tensors(
-                    self.folder / checkpoint.MODEL, self.model.state_dict(), about
-                )
+            line += f"  held out {loss:.4f} nats, {bits(loss):.4f} bits/character"
+        self.say(line)
+        if best:
+            if self.held_out is not None:
+                progress.best_loss = loss
+            progress.best_step, progress.stale = progress.step, 0
         else:
             progress.stale += 1
-        if self.options.sample_length and self.group.rank == 0:
-            text = sample(
-                self.model, self.vocabulary, "", self.options.sample_length, seed=self.options.seed
-            )
-            write(self._row({"sample": text[0]}))
-            self.say(text[0])
+        return best
 
     def _metrics(self) -> AbstractContextManager[WriteRow]:
         if self.group.rank:
@@ -310,7 +339,65 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the training state; every process of a group calls it."""
-        save_state(self)
+        with self._begun():
+            state = self._capture()
+            if self.group.rank == 0:
+                state.write(self.folder / checkpoint.LAST)
+
+    def _capture(self) -> TrainingState:
+        gather = self.group.gather
+        state = TrainingState(
+            self.progress,
+            self.text_hash,
+            dict(self.model.state_dict()),
+            self.optimizer.state(),
+            average=self.optimizer.averages(),
+            window=torch.stack(gather(self.window)),
+            random=torch.stack(gather(torch.get_rng_state())).cpu(),
+        )
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_rng_state(self.device)
+            state.random_cuda = torch.stack(gather(mine)).cpu()
+        if self.state is not None and not self.options.lines:
+            # Process r has the sequences r, r + size, ...: interleave them again.
+            state.carried = tuple(
+                torch.stack(gather(part), dim=2).flatten(1, 2) for part in self.state
+            )
+        return state
+
+    def _restore(self) -> None:
+        """Goes on from the last checkpoint, if any was written."""
+        path, group, options = self.folder / checkpoint.LAST, self.group, self.options
+        if not path.exists():  # stopped before the first checkpoint: the beginning is the same
+            return
+        like = self._capture()
+        if not options.lines:
+            shape = (self.config.num_layers, self.batches.batch_size, self.config.hidden_size)
+            like.carried = tuple(torch.empty(shape) for _ in range(self.config.states))
+        saved = TrainingState.read(path, self.config, like)
+        progress = saved.progress
+        if progress.step >= self.total_steps:
+            raise UsageError(
+                f"{self.folder} is finished at step {progress.step}; to go on, give more "
+                + ("--max-iters" if options.max_iters else "--max-epochs")
+            )
+        self.model.load_state_dict(saved.model)
+        self.optimizer.load_state(saved.optimizer)
+        self.optimizer.load_averages(saved.average)
+        if group.size == len(saved.random):
+            torch.set_rng_state(saved.random[group.rank].clone())
+            if saved.random_cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(saved.random_cuda[group.rank], self.device)
+            self.window.copy_(saved.window[group.rank])
+        elif group.rank == 0:
+            self.window.copy_(saved.window.sum())
+        if saved.carried:
+            self.state = tuple(
+                part[:, group.rank :: group.size].contiguous().to(self.device)
+                for part in saved.carried
+            )
+        progress.finished = False  # it had stopped early, perhaps
+        self.progress = progress
 
     def leave_group(self) -> None:
         """The end of a process under torchrun, after which it cannot train; otherwise nothing."""
@@ -330,32 +417,18 @@ def train(
 
     Options come as TrainOptions or by name: ``train(text="my.txt", out_dir="runs/a")``.
     """
-    options = replace(options or TrainOptions(), **changes)
     if resume:
-        options = resumed_options(options.out_dir, changes)
+        given = {**(vars(options) if options else {}), **changes}
+        options = resumed_options(given.get("out_dir", TrainOptions().out_dir), given)
+    else:
+        options = replace(options, **changes) if options else started_options(changes)
     trainer = Trainer(options, resume=resume, overwrite=overwrite, say=say)
     trainer.run()
     return trainer
 
 
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of stopping there; a second Ctrl-C stops at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever owns the signals keeps them
-        pass
-    try:
-        yield seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def check_memory(config: ModelConfig) -> None:
+    """MemoryError for a model that this machine has not the memory to train."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * BYTES * config.weights > machine:  # weights, gradients, and Adam's two moments
+        raise MemoryError

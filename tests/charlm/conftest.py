@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import charrnn_fast
 from charrnn_fast.charlm import TrainOptions
-from charrnn_fast.charlm.model import Backend
+from charrnn_fast.charlm.model import Backend, Cell
 
 TEXT = "the quick brown fox jumps over the lazy dog\nand runs away from all of it\n" * 40
 
 
 @pytest.fixture(params=["fast", "torch"])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=["rnn", "lstm", "gru"])
+def cell(request: pytest.FixtureRequest) -> Cell:
+    if not hasattr(charrnn_fast, request.param.upper()):
+        pytest.skip(f"charrnn_fast has no {request.param.upper()} yet")
     return request.param
 
 

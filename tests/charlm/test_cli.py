@@ -220,9 +220,9 @@ def test_config_file(capsys, text, tmp_path):
     capsys.readouterr()
     for line, message in [
         ("speed = 1", "no such option: speed"),
-        ('batch_size = "many"', "batch_size must be int"),
-        ('backend = "jax"', "backend must be one of fast, torch"),
-        ("lines = 1", "lines must be bool"),
+        ('batch_size = "many"', "--batch-size must be a whole number, not 'many'"),
+        ('backend = "jax"', "--backend must be one of fast, torch, not 'jax'"),
+        ("lines = 1", "--lines must be true or false, not 1"),
         ("=", "no TOML"),
     ]:
         config.write_text(line)

@@ -163,7 +163,7 @@ def test_step_draws_the_same_by_op_and_by_loop(dtype, monkeypatch):
         drawn, state = step(model, tokens, None, uniforms, options)
     assert calls == [1]
     assert torch.equal(drawn, expected)
-    torch.testing.assert_close(state, expected_state.detach())
+    torch.testing.assert_close(state, tuple(part.detach() for part in expected_state))
 
 
 def test_temperatures_near_zero_are_greedy():
@@ -282,7 +282,7 @@ def test_the_end_of_a_stream_of_bytes(capsys):
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_that_no_generator_takes(seed):
-    with pytest.raises(UsageError, match="the seed must be in"):
+    with pytest.raises(UsageError, match="the seed must be "):
         sample(model_of("torch"), VOCABULARY, "a", 3, seed=seed)
 
 

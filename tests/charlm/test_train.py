@@ -137,14 +137,14 @@ def test_another_seed_is_another_run(options):
 
 
 def test_learning_rate_schedule(options):
-    options = replace(options, learning_rate=1.0, warmup_iters=4, min_lr=0.1)
+    constant = replace(options, learning_rate=1.0, warmup_iters=4, schedule="constant")
+    options = replace(constant, schedule="cosine", min_lr=0.1)
     rates = [learning_rate(options, step, 104) for step in range(104)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
     assert rates[54] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert sorted(rates[4:], reverse=True) == rates[4:]
-    constant = replace(options, schedule="constant")
     assert learning_rate(constant, 100, 104) == 1.0
 
 

@@ -32,7 +32,7 @@ def test_options_that_make_no_sense(options, name, value):
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_that_no_generator_takes(options, seed):
-    with pytest.raises(UsageError, match=rf"seed must be in .*, not {seed}"):
+    with pytest.raises(UsageError, match=r"--seed must be (at least 0|below 2\^63)"):
         replace(options, seed=seed)
 
 
