@@ -85,7 +85,8 @@ struct OneStep {
   int64_t column = 0;                   // of sums
 };
 
-// The sums of R rows, from first_row on, and C columns. What they begin with goes to one lane.
+// The sums of R rows, from first_row on, and C columns. What they begin with is added at the end: a
+// chain that began with it would round every term to its size.
 template <int R, int C, typename scalar>
 __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_t first_row) {
   using Sum = SumOf<scalar>;
@@ -99,10 +100,7 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
   constexpr int kSums = (R * C + F - 1) / F * F;
   Vec<Sum> sum[kSums];
 #pragma GCC unroll 32
-  for (int i = 0; i < R * C; ++i) {
-    sum[i] = Vec<Sum>{};
-    sum[i][0] = initial(i / C, i % C);
-  }
+  for (int i = 0; i < R * C; ++i) sum[i] = Vec<Sum>{};
   const auto add_terms = [&](const scalar* const* rows, const scalar* W, int64_t K,
                              Range terms) __attribute__((always_inline)) {
     const scalar *a[R], *b[C];
@@ -141,7 +139,9 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) args.sums[first_row + r][args.column + c] = out[r * C + c];
+    for (int c = 0; c < C; ++c) {
+      args.sums[first_row + r][args.column + c] = initial(r, c) + out[r * C + c];
+    }
   }
 }
 
@@ -221,9 +221,9 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, bool from_st
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   constexpr int64_t kLine = 64 / sizeof(scalar);
-  // Units at once: their sums fill as many columns for every cell.
-  constexpr int64_t kShare = kOneStepWidth / kSums<CellType> / kLine * kLine;
-  constexpr int64_t kUnits = kSums<CellType> == 1 ? kOneStepWidth : kShare > 0 ? kShare : kLine;
+  // Units at once: whole tiles and whole vectors of them.
+  constexpr int64_t kUnits = kSums<CellType> == 1 ? kOneStepWidth : kOneStepWidth / 2;
+  static_assert(kUnits % L == 0);
   constexpr int64_t kWidth = kUnits * kSums<CellType>;
   const Range lines = share((args.H + kLine - 1) / kLine, team);
   const int64_t first = lines.first * kLine;
