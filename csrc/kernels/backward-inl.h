@@ -4,23 +4,22 @@
 
 // Rows of a chunk, of each part.
 template <typename CellType, typename scalar>
-constexpr int64_t kBackwardRows = kSums<CellType> == 1 ? 2 * kOuterRows<scalar>
-                                                       : kOuterRows<scalar>;
+constexpr int64_t kBackwardRows =
+    kSums<CellType> == 1 ? 2 * kOuterRows<scalar> : kOuterRows<scalar>;
 
-// The deltas of sequences' last steps, in a range of units: of rows of dy and of dh_n. Carries begin
-// here.
+// The deltas of sequences' last steps, in a range of units: of rows of dy and of dh_n. Carries
+// begin here.
 template <typename CellType, typename scalar>
 void backward_start(const TileArgs<scalar>& args, int64_t row, const scalar* dh_n,
                     const scalar* dc_n, Range units) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
-  const BackwardRow<scalar> at = {
-      .y = args.y != nullptr ? args.y[row] : nullptr,
-      .saved = args.saved != nullptr ? args.saved[row] : nullptr,
-      .before = args.before != nullptr ? args.before[row] : nullptr,
-      .dcells = args.cells != nullptr ? args.cells[row] : nullptr,
-      .carry = args.carry != nullptr ? args.carry[row] : nullptr,
-      .delta = args.out[row]};
+  const BackwardRow<scalar> at = {.y = args.y != nullptr ? args.y[row] : nullptr,
+                                  .saved = args.saved != nullptr ? args.saved[row] : nullptr,
+                                  .before = args.before != nullptr ? args.before[row] : nullptr,
+                                  .dcells = args.cells != nullptr ? args.cells[row] : nullptr,
+                                  .carry = args.carry != nullptr ? args.carry[row] : nullptr,
+                                  .delta = args.out[row]};
   for (int64_t j = units.first; j < units.last; j += L) {
     const int64_t n = units.last - j < L ? units.last - j : L;
     if constexpr (CellType::kCarries) {
@@ -31,8 +30,8 @@ void backward_start(const TileArgs<scalar>& args, int64_t row, const scalar* dh_
   }
 }
 
-// delta of slots [slots.first, slots.last), at most kBlockSlots of them, at some steps, of the units
-// of some panels.
+// delta of slots [slots.first, slots.last), at most kBlockSlots of them, at some steps, of the
+// units of some panels.
 template <typename CellType, typename scalar>
 void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<CellType, scalar>& space,
                     Range steps, Range slots, Range mine, const Team* others) {
@@ -95,12 +94,13 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<CellTy
         saved[i] = const_cast<scalar*>(args.saved) + row * kSaved * args.H;
       }
       if constexpr (kHasState<CellType>) {
-        if (args.dcells != nullptr) dcells[i] = const_cast<scalar*>(args.dcells) + row * args.lddcells;
+        if (args.dcells != nullptr)
+          dcells[i] = const_cast<scalar*>(args.dcells) + row * args.lddcells;
         if (walk.t == first_step(seq, slot, args.reverse)) {
           before[i] = state_or<scalar>(args.c0, start_row_of(seq, slot), args.H, space.zeros);
         } else {
           const int64_t row_before = row_of(seq, args.reverse ? walk.t + 1 : walk.t - 1, slot);
-          before[i] = args.saved + (row_before * kSaved + kSavedGates<CellType>) * args.H;
+          before[i] = args.saved + (row_before * kSaved + kSavedGates<CellType>)*args.H;
         }
       } else if constexpr (CellType::kReadsBefore) {
         before[i] = h_before(args, space, walk.t, slot);
@@ -162,14 +162,13 @@ template <typename CellType, typename scalar>
 void backward_input(const BackwardArgs<scalar>& args, const BackwardSpace<CellType, scalar>& space,
                     RowWalk& walk, int64_t rows) {
   using Sum = SumOf<scalar>;
-  multiply_delta(space, rows, space.inputs, space.input,
-                 [&](const scalar** delta, const Sum**, scalar** dx) {
-                   const int64_t slot =
-                       inwards(args.seq, space.slots, walk.slot - space.slots.first);
-                   *delta = space.delta(walk.t, slot);
-                   *dx = args.dx + row_of(args.seq, walk.t, slot) * args.I;
-                   walk.next();
-                 });
+  multiply_delta(
+      space, rows, space.inputs, space.input, [&](const scalar** delta, const Sum**, scalar** dx) {
+        const int64_t slot = inwards(args.seq, space.slots, walk.slot - space.slots.first);
+        *delta = space.delta(walk.t, slot);
+        *dx = args.dx + row_of(args.seq, walk.t, slot) * args.I;
+        walk.next();
+      });
 }
 
 // The slots from one on that have a state to start from.
@@ -232,9 +231,9 @@ void backward_thin(const BackwardArgs<scalar>& args, const BackwardSpace<CellTyp
       delta[rows] = space.delta(walk.t, walk.slot);
       out[rows++] = args.dx + row_of(seq, walk.t, walk.slot) * args.I;
     }
-    multiply_thin<scalar>({delta, args.W_ih, out, space.K, args.I, CellType::kRotation * args.H,
-                           nullptr},
-                          rows, team);
+    multiply_thin<scalar>(
+        {delta, args.W_ih, out, space.K, args.I, CellType::kRotation * args.H, nullptr}, rows,
+        team);
   }
   if (args.dh0 != nullptr && !space.packs_recurrent) {
     int64_t rows = 0;

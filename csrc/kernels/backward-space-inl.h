@@ -26,7 +26,8 @@ struct DeltaRows {
   }
   // From a step to the one after it in the direction of +1 or -1.
   int64_t distance(int64_t t, int64_t direction) const {
-    return (step_row != nullptr ? step_row[t + direction] - step_row[t] : direction * slots) * width;
+    return (step_row != nullptr ? step_row[t + direction] - step_row[t] : direction * slots) *
+           width;
   }
   // How many of `steps` steps from t on lie as far apart as t does from the one before it.
   int64_t regular(int64_t t, int64_t steps, int64_t direction) const {
@@ -123,8 +124,7 @@ struct BackwardSpace {
     carry = arena.take<Sum>(CellType::kCarries ? seq.B * hidden.padded_columns() : 0);
     arena.take_each(team.size, team.rank, [&] {
       step_row = seq.lengths != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
-      packed =
-          arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H, kSums<CellType>));
+      packed = arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H, kSums<CellType>));
     });
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {

@@ -19,8 +19,8 @@ struct Elman {
   }
   // y stands for what is saved.
   template <typename Sum>
-  static ALWAYS_INLINE void backward(Vec<Sum> dh, const Vec<Sum>* y, Vec<Sum>, Vec<Sum>,
-                                     Vec<Sum>&, Vec<Sum>* delta) {
+  static ALWAYS_INLINE void backward(Vec<Sum> dh, const Vec<Sum>* y, Vec<Sum>, Vec<Sum>, Vec<Sum>&,
+                                     Vec<Sum>* delta) {
     delta[0] = activate_backward<activation, Sum>(dh, y[0]);
   }
 };
@@ -93,8 +93,7 @@ struct Gru {
     const Vec<Bits<Sum>> z_is_smaller = bit_cast<Vec<Bits<Sum>>>(saved[1]) >= 0;
     const Vec<Sum> smaller = magnitude<Sum>(saved[1]), larger = one - smaller;
     dh += carry;
-    const Vec<Sum> dn =
-        dh * select<Sum>(z_is_smaller, larger, smaller) * multiply_add(-n, n, one);
+    const Vec<Sum> dn = dh * select<Sum>(z_is_smaller, larger, smaller) * multiply_add(-n, n, one);
     delta[0] = dn;
     delta[1] = dn * n_h * (r * (one - r));
     delta[2] = dh * (h_before - n) * (smaller * larger);
@@ -145,8 +144,8 @@ constexpr int input_block(int sum) {
 }
 
 // Where the saved gates of unit j lie in a row: in groups of as many units as the widest vector
-// holds, gate after gate, so that a tile writes whole cache lines in a row, and every ISA reads what
-// another one wrote.
+// holds, gate after gate, so that a tile writes whole cache lines in a row, and every ISA reads
+// what another one wrote.
 struct SavedPlace {
   int64_t first;   // of the first gate
   int64_t stride;  // from one gate to the next

@@ -60,7 +60,10 @@ const Isa* initial() {
     return wanted;
   }
   const Isa* const* entry = kIsas;
-  while (!(*entry)->supported()) ++entry;  // the baseline always is
+  const auto is_best = [](const Isa& isa) {
+    return isa.supported() && (isa.pays == nullptr || isa.pays());
+  };
+  while (!is_best(**entry)) ++entry;  // the baseline always is
   return *entry;
 }
 

@@ -97,8 +97,7 @@ struct ForwardOf {
       const int64_t j = args.column + u * L, n = u < kUnits - 1 ? L : last_lanes;
       V sums[kSums<CellType>], h = {};
       if constexpr (kFirstOfState<CellType> > 0) {
-        const auto* projected =
-            args.projected[row] + s * args.init_step + j * kSums<CellType>;
+        const auto* projected = args.projected[row] + s * args.init_step + j * kSums<CellType>;
 #pragma GCC unroll 8
         for (int k = 0; k < kFirstOfState<CellType>; ++k) sums[k] = load(projected + k * L);
       }

@@ -60,8 +60,7 @@ struct ForwardSpace {
     Arena arena(base);
     arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
       const bool tokens = args.ids != nullptr;
-      input = tokens ? nullptr
-                     : arena.take<PackedOf<scalar>>(packed_size<scalar>(panels, args.I));
+      input = tokens ? nullptr : arena.take<PackedOf<scalar>>(packed_size<scalar>(panels, args.I));
       table = tokens ? arena.take<Sum>(args.I * width) : nullptr;
       recurrent = arena.take<PackedOf<scalar>>(packed_size<scalar>(panels, args.H));
       bias = arena.take<Sum>(width);
@@ -182,10 +181,9 @@ template <typename CellType, typename scalar>
 void forward_from_zeros(const TileArgs<scalar, SumOf<scalar>>& args, Range rows, Range units) {
   constexpr int L = kLanes<SumOf<scalar>>;
   for (int64_t i = rows.first; i < rows.last; ++i) {
-    const ForwardRow<scalar> out = {
-        .y = args.out[i],
-        .saved = args.saved != nullptr ? args.saved[i] : nullptr,
-        .cells = args.cells != nullptr ? args.cells[i] : nullptr};
+    const ForwardRow<scalar> out = {.y = args.out[i],
+                                    .saved = args.saved != nullptr ? args.saved[i] : nullptr,
+                                    .cells = args.cells != nullptr ? args.cells[i] : nullptr};
     for (int64_t j = units.first; j < units.last; j += L) {
       const int64_t n = units.last - j < L ? units.last - j : L;
       Vec<SumOf<scalar>> sums[kSums<CellType>];
@@ -219,8 +217,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
     slot[i] = inwards(seq, slots, i);
     if constexpr (kHasState<CellType>) {
       c[i] = space.c + i * panels.padded_columns();
-      const scalar* c0 =
-          state_or<scalar>(args.c0, start_row_of(seq, slot[i]), args.H, nullptr);
+      const scalar* c0 = state_or<scalar>(args.c0, start_row_of(seq, slot[i]), args.H, nullptr);
       for (int64_t j = first; j < last; j += kLanes<Sum>) {
         const int64_t n = last - j < kLanes<Sum> ? last - j : kLanes<Sum>;
         store(c[i] + j, c0 != nullptr ? load_lanes(c0 + j, n) : Vec<Sum>{});
@@ -319,7 +316,8 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
   for (int64_t i = 0; i < slots.last - slots.first; ++i) {
     const int64_t state = end_row_of(seq, slot[i]);
     if (state < 0) continue;
-    const scalar* y = args.y + row_of(seq, last_step(seq, slot[i], args.reverse), slot[i]) * args.ldy;
+    const scalar* y =
+        args.y + row_of(seq, last_step(seq, slot[i], args.reverse), slot[i]) * args.ldy;
     std::memcpy(args.h_n + state * args.H + first, y + first, (last - first) * sizeof(scalar));
     if constexpr (kHasState<CellType>) {
       for (int64_t j = first; j < last; j += kLanes<Sum>) {

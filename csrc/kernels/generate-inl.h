@@ -8,8 +8,8 @@ struct GenerateSpace {
   Panels<scalar> hidden;
   Panels<scalar> scores;
   int64_t layers;
-  int64_t block;  // streams that run together
-  int64_t width;  // of a row of all sums of every unit
+  int64_t block;      // streams that run together
+  int64_t width;      // of a row of all sums of every unit
   scalar* table;      // [V][width]: W_ih' of the first layer + biases
   scalar* input;      // [layers - 1] of W_ih' in panels
   scalar* recurrent;  // [layers] of W_hh' in panels
@@ -314,20 +314,19 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellTy
     return state + (layer * args.ld + streams.first + stream) * H;
   };
   if constexpr (kHasState<CellType>) {  // whole vectors of it are computed
-    std::memset(space.c, 0, space.layers * space.block * space.hidden.padded_columns() * sizeof(scalar));
+    std::memset(space.c, 0,
+                space.layers * space.block * space.hidden.padded_columns() * sizeof(scalar));
   }
   for (int64_t layer = 0; layer < args.layers; ++layer) {
     for (int64_t s = 0; s < n; ++s) {
       std::memcpy(space.state(0, layer, s), state_row(args.state, layer, s), H * sizeof(scalar));
       if constexpr (kHasState<CellType>) {
-        std::memcpy(space.c_of(layer, s), state_row(args.cell_state, layer, s),
-                    H * sizeof(scalar));
+        std::memcpy(space.c_of(layer, s), state_row(args.cell_state, layer, s), H * sizeof(scalar));
       }
     }
   }
   const int64_t weights = packed_size<scalar>(space.hidden, H);
-  const int64_t products =
-      n * H * (kGates<CellType> * (2 * args.layers - 1) * H + args.V);
+  const int64_t products = n * H * (kGates<CellType> * (2 * args.layers - 1) * H + args.V);
   const int64_t patience = kStopProducts / products + 1;  // steps between questions
 
   const scalar* init[kBlockSlots];
@@ -346,8 +345,8 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellTy
       for (int64_t s = 0; s < n; ++s) {
         previous[s] = space.state(i, layer, s);
         current[s] = space.state(i + 1, layer, s);
-        init[s] = layer == 0 ? space.table + tokens[s] * space.width
-                             : space.bias + layer * space.width;
+        init[s] =
+            layer == 0 ? space.table + tokens[s] * space.width : space.bias + layer * space.width;
         if constexpr (kHasState<CellType>) c[s] = space.c_of(layer, s);
       }
       if (layer > 0) {
@@ -382,8 +381,7 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellTy
       std::memcpy(state_row(args.state, layer, s), space.state(args.N, layer, s),
                   H * sizeof(scalar));
       if constexpr (kHasState<CellType>) {
-        std::memcpy(state_row(args.cell_state, layer, s), space.c_of(layer, s),
-                    H * sizeof(scalar));
+        std::memcpy(state_row(args.cell_state, layer, s), space.c_of(layer, s), H * sizeof(scalar));
       }
     }
   }

@@ -64,6 +64,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa kAvx2;
-const Isa kAvx2 = {"avx2", supported, &kernels<float>, &kernels<double>, nullptr};
+const Isa kAvx2 = {"avx2", supported, nullptr, &kernels<float>, &kernels<double>, nullptr};
 
 }  // namespace charrnn_fast

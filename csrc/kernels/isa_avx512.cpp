@@ -25,6 +25,6 @@ const Kernels<float> kAvx512F32 = kernels<float>;
 const Kernels<double> kAvx512F64 = kernels<double>;
 
 extern const Isa kAvx512;
-const Isa kAvx512 = {"avx512", supported, &kAvx512F32, &kAvx512F64, nullptr};
+const Isa kAvx512 = {"avx512", supported, nullptr, &kAvx512F32, &kAvx512F64, nullptr};
 
 }  // namespace charrnn_fast

@@ -21,6 +21,6 @@ bool supported() { return true; }
 }  // namespace
 
 extern const Isa kBaseline;
-const Isa kBaseline = {"baseline", supported, &kernels<float>, &kernels<double>, nullptr};
+const Isa kBaseline = {"baseline", supported, nullptr, &kernels<float>, &kernels<double>, nullptr};
 
 }  // namespace charrnn_fast

@@ -25,6 +25,6 @@ bool supported() { return true; }  // part of every aarch64
 }  // namespace
 
 extern const Isa kNeon;
-const Isa kNeon = {"neon", supported, &kernels<float>, &kernels<double>, nullptr};
+const Isa kNeon = {"neon", supported, nullptr, &kernels<float>, &kernels<double>, nullptr};
 
 }  // namespace charrnn_fast

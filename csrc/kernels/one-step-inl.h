@@ -265,9 +265,8 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, bool from_st
         const int64_t end = end_row_of(args.seq, begin + i);
         const ForwardRow<scalar> out = {
             .y = args.y + row * args.ldy,
-            .saved = args.saved != nullptr
-                         ? args.saved + row * CellType::kSizes.saved * args.H
-                         : nullptr,
+            .saved = args.saved != nullptr ? args.saved + row * CellType::kSizes.saved * args.H
+                                           : nullptr,
             .cells = args.cells != nullptr ? args.cells + row * args.ldcells : nullptr};
         for (int64_t j = 0; j < units; j += L) {
           const int64_t lanes = units - j < L ? units - j : L;

@@ -13,8 +13,8 @@ constexpr bool kOuterPacks = kVectorBytes < 64 || kTerms<scalar> > 1;
 template <typename scalar>
 constexpr int64_t kOuterRows = 128 * kTerms<scalar>;
 
-// Operands of a tile: K rows of a, whose columns from `a_column` on are rows of out from `row` on, and
-// of b, whose columns begin at `column`.
+// Operands of a tile: K rows of a, whose columns from `a_column` on are rows of out from `row` on,
+// and of b, whose columns begin at `column`.
 template <typename scalar, typename Out>
 struct OuterArgs {
   int64_t K;
@@ -115,16 +115,15 @@ constexpr OuterTile<Args> kOuterTiles[6][4] = {
 #undef CHARRNN_FAST_TILES
 };
 
-// Rows of out that K <= kOuterRows rows of a are multiplied for, with one b after the other. a holds
-// blocks of columns, `stride` apart, of each of which the columns in a range are taken.
+// Rows of out that K <= kOuterRows rows of a are multiplied for, with one b after the other. a
+// holds blocks of columns, `stride` apart, of each of which the columns in a range are taken.
 template <typename scalar>
 class OuterProducts {
  public:
   // Elements of work space, for so many columns of so many blocks.
   static int64_t space(int64_t columns, int blocks) {
     if (!kOuterPacks<scalar>) return 0;
-    return blocks * tiles(columns) * kTile +
-           kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
+    return blocks * tiles(columns) * kTile + kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
   }
 
   OuterProducts(const scalar* const* a, int64_t K, Range columns, int blocks, int64_t stride,
@@ -144,8 +143,8 @@ class OuterProducts {
   // out += a' b, of `blocks` blocks of a from the first one on: block i of them is block row(i) of
   // out, whose rows are of panels.columns. At first out holds nothing.
   template <typename Out, typename RowOf>
-  void add(const scalar* const* b, int first_block, int blocks,
-           const Panels<SumOf<scalar>>& panels, Out* out, const RowOf& row) const {
+  void add(const scalar* const* b, int first_block, int blocks, const Panels<SumOf<scalar>>& panels,
+           Out* out, const RowOf& row) const {
     using Args = OuterArgs<scalar, Out>;
     Args args = {.K = K_,
                  .a = a_,

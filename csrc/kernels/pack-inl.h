@@ -73,8 +73,9 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
   }
 }
 
-// Packs W, [gates * columns, K] as PyTorch keeps weights, in some panels of the product a W': each is
-// [packed_rows(K)][width] vectors. block(g) is the block of rows of W that gate g of a panel takes.
+// Packs W, [gates * columns, K] as PyTorch keeps weights, in some panels of the product a W': each
+// is [packed_rows(K)][width] vectors. block(g) is the block of rows of W that gate g of a panel
+// takes.
 template <typename scalar, typename BlockOf>
 void pack_transposed(const scalar* W, int64_t K, const Panels<SumOf<scalar>>& panels,
                      int64_t first_panel, int64_t last_panel, PackedOf<scalar>* packed,

@@ -210,13 +210,14 @@ struct Kernels {
 struct Isa {
   const char* name;     // "avx512bf16", "avx512", "avx2", "neon", "baseline"
   bool (*supported)();  // does this CPU, and its operating system, run it?
+  bool (*pays)();       // is it faster here than those after it? Null: always
   const Kernels<float>* f32;
   const Kernels<double>* f64;
   const Kernels<bfloat16>* bf16;  // null where there are no products of bfloat16
 };
 
-// The ISA in use: the best one this CPU supports, unless CHARRNN_FAST_ISA or select_isa named
-// another.
+// The ISA in use: the best one that this CPU supports and that pays on it, unless CHARRNN_FAST_ISA
+// or select_isa named another.
 const Isa& isa();
 // Every ISA compiled into this binary, best first; null-terminated.
 const Isa* const* isas();

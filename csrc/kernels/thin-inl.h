@@ -15,7 +15,7 @@ struct ThinArgs {
   const scalar* b;         // [K, columns]
   scalar* const* out;      // rows of columns
   int64_t K, columns;
-  int64_t first_row;                // of b, for the first term; after the last one follows row 0
+  int64_t first_row;                 // of b, for the first term; after the last one follows row 0
   const SumOf<scalar>* const* init;  // rows that out begins with; or null
 };
 

@@ -86,9 +86,9 @@ constexpr int rows_of_running_tile(int width) {
   return kAccumulators / 2 / (width * chains_of_lone_panel(width));
 }
 
-// Operands of a tile. init and out point at whole rows, of a dtype or of its sums. A tile that holds
-// whole rows may run several steps, its output being the next one's input: then the rows of each
-// step lie *_step scalars behind those of the one before.
+// Operands of a tile. init and out point at whole rows, of a dtype or of its sums. A tile that
+// holds whole rows may run several steps, its output being the next one's input: then the rows of
+// each step lie *_step scalars behind those of the one before.
 template <typename scalar, typename InitType = scalar, typename OutType = scalar>
 struct TileArgs {
   using Scalar = scalar;
@@ -172,7 +172,8 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
           for (int p = 0; p < P; ++p) {
             const Vec<PackedOf<scalar>> b = load(panel + (k * P + p) * L);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[c][r * P + p] = multiply_add(a[r], b, sum[c][r * P + p]);
+            for (int r = 0; r < R; ++r)
+              sum[c][r * P + p] = multiply_add(a[r], b, sum[c][r * P + p]);
           }
           return;
         }
@@ -267,11 +268,9 @@ constexpr Tile<Args> tile_or_null() {
 // Tiles by [height - 1][width - 1].
 template <typename Args, typename End, bool lone>
 constexpr Tile<Args> kTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)              \
-  {tile_or_null<Args, End, lone, R, 1>(), \
-   tile_or_null<Args, End, lone, R, 2>(), \
-   tile_or_null<Args, End, lone, R, 3>(), \
-   tile_or_null<Args, End, lone, R, 4>()}
+#define CHARRNN_FAST_TILES(R)                                                    \
+  {tile_or_null<Args, End, lone, R, 1>(), tile_or_null<Args, End, lone, R, 2>(), \
+   tile_or_null<Args, End, lone, R, 3>(), tile_or_null<Args, End, lone, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES

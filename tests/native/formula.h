@@ -107,7 +107,8 @@ std::vector<Unit> sums_of(Problem<scalar>& p, int64_t row, const std::vector<dou
       const int64_t r = g * p.H + j;
       double x = p.b_ih ? number(p.b_ih->data[r]) : 0, state = p.b_hh ? number(p.b_hh->data[r]) : 0;
       if (p.ids) x += number(p.W_ih->at(r, p.ids->data[row]));
-      for (int64_t i = 0; p.x && i < p.I; ++i) x += number(p.x->at(row, i)) * number(p.W_ih->at(r, i));
+      for (int64_t i = 0; p.x && i < p.I; ++i)
+        x += number(p.x->at(row, i)) * number(p.W_ih->at(r, i));
       for (int64_t i = 0; i < p.H; ++i) state += h[i] * number(p.W_hh->at(r, i));
       units[j].x[g] = x;
       units[j].h[g] = state;

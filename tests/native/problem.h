@@ -71,8 +71,8 @@ inline Sizes random_sizes() {
   return {T, B, I, H};
 }
 
-// Cuts the sequences of a padded batch at random steps: each piece is a sequence of its own, and only
-// those at the ends of what was cut have a state.
+// Cuts the sequences of a padded batch at random steps: each piece is a sequence of its own, and
+// only those at the ends of what was cut have a state.
 template <typename scalar>
 void cut_in_pieces(Problem<scalar>& p) {
   struct Piece {
@@ -86,8 +86,8 @@ void cut_in_pieces(Problem<scalar>& p) {
       int64_t end = t + 1;
       while (end < length && below(odds) > 0) ++end;
       const int64_t before = t == 0 && below(4) > 0 ? b : -1, after = end == length ? b : -1;
-      pieces.push_back({t * p.B + b, end - t, p.reverse ? after : before,
-                        p.reverse ? before : after});
+      pieces.push_back(
+          {t * p.B + b, end - t, p.reverse ? after : before, p.reverse ? before : after});
       t = end;
     }
   }
