@@ -105,7 +105,7 @@ def test_two_processes_train_like_one(options, tmp_path):
     flags = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in vars(options).items()
-        if k != "text" and not isinstance(v, bool)
+        if k != "text" and not isinstance(v, bool) and v is not None
     ]
     torchrun(["-m", "charrnn_fast", "train", options.text, *flags], tmp_path)
     one, two = metrics(options.out_dir + "-one"), metrics(options.out_dir)

@@ -51,7 +51,7 @@ def start(options, *arguments) -> subprocess.Popen:
     flags = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in vars(options).items()
-        if k != "text" and not isinstance(v, bool)
+        if k != "text" and not isinstance(v, bool) and v is not None
     ]
     run = [sys.executable, "-m", "charrnn_fast", "train"]
     command = [*run, *arguments] if arguments else [*run, options.text, *flags]
