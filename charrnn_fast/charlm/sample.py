@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from charrnn_fast import RNN, ops
+import charrnn_fast
+from charrnn_fast import ops
 
 from . import checks
 from .data import to_tensor
 from .head import Head
-from .model import READ, CharRNN, State
+from .model import READ, Cell, CharRNN, State
 from .options import check_seed
 from .vocabulary import OnUnknown, Vocabulary
 
+CELL_STATE = "cell_state" in inspect.signature(ops.generate).parameters
 MOST_STREAMS = 1 << 20  # at once
 
 
@@ -84,20 +88,7 @@ def step(
     One op does all of it unless ``why_stepwise`` says otherwise; the loop here is its reference.
     """
     if why_stepwise(model) is None:
-        drawn, end = ops.generate(
-            tokens,
-            None if state is None else state[0],
-            model.rnn._current_weights(),  # type: ignore[operator]
-            model.head.weight,
-            model.head.bias,
-            uniforms,
-            model.rnn.mode,
-            model.rnn.bias,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-        )
-        return drawn, (end,)
+        return generate(model, tokens, state, uniforms, options)
     rows = []
     for row in uniforms:
         logits, state = model(tokens[None], state)
@@ -107,14 +98,42 @@ def step(
     return torch.stack(rows), state
 
 
+def generate(
+    model: CharRNN,
+    tokens: Tensor,
+    state: State | None,
+    uniforms: Tensor,
+    options: SampleOptions,
+) -> tuple[Tensor, State]:
+    """``step`` by one op, for a model that ``why_stepwise`` has no word against."""
+    weights = list(model.rnn._current_weights())  # type: ignore[operator]
+    if model.embedding is not None:
+        # The op reads ids as one-hot vectors: W_ih of those is the product with the embedding.
+        weights[0] = weights[0] @ model.embedding.weight.T
+    begin = (None, None) if state is None else (*state, None)[:2]
+    op: Any = ops.generate
+    drawn, *end = op(
+        tokens,
+        *(begin if CELL_STATE else begin[:1]),
+        weights,
+        model.head.weight,
+        model.head.bias,
+        uniforms,
+        model.rnn.mode,
+        model.rnn.bias,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+    )
+    return drawn, tuple(end[: model.config.states])
+
+
 def why_stepwise(model: CharRNN) -> str | None:
     """Why ``step`` calls the model for every character; None where one op does it all."""
-    parts = [model, model.rnn, model.dropout, model.head]
-    weights = [*model.rnn.parameters(), *model.head.parameters()]
-    if [type(part) for part in parts] != [CharRNN, RNN, nn.Dropout, Head]:
-        return "the model is not a CharRNN of a charrnn_fast.RNN"
-    if model.embedding is not None:
-        return "the model has an embedding"
+    parts, weights = list(model.modules()), list(model.parameters())
+    modules = [getattr(charrnn_fast, cell.upper(), None) for cell in get_args(Cell)]
+    if type(model) is not CharRNN or type(model.rnn) not in modules or type(model.head) is not Head:
+        return "the model is not a CharRNN of a module of charrnn_fast"
     if model.rnn.bidirectional or model.rnn.batch_first:
         return "the recurrent module is bidirectional or has the batch first"
     if any(part.training for part in parts):
@@ -125,7 +144,8 @@ def why_stepwise(model: CharRNN) -> str | None:
         return "gradients are recorded"
     if any(type(weight) is not nn.Parameter for weight in weights):
         return "a weight is no plain tensor"
-    if not ops.generates(weights[0]):
+    serves: Any = ops.generates
+    if not serves(*((weights[0], model.rnn.mode) if CELL_STATE else (weights[0],))):
         return f"there is no kernel for {weights[0].dtype} on {weights[0].device.type}"
     if torch.is_autocast_enabled(weights[0].device.type):
         return "autocast is on"
