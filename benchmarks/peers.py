@@ -39,7 +39,7 @@ def our_op(problem: Problem, backward: bool, x_needs_gradient: bool = True) -> S
     """Our ops rnn_layer and rnn_layer_backward without autograd, their arguments bound once."""
     import charrnn_fast  # noqa: F401
 
-    needs = [x_needs_gradient, False, True, True, True, True]  # of x, h0 and the weights
+    needs = [x_needs_gradient, False, False, *[True] * 4]  # of x, h0, c0 and the weights
     op = native.bound_op().BoundOp(
         problem.x, problem.weights, problem.dy if backward else None, needs
     )

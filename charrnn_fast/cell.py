@@ -42,7 +42,7 @@ class RNNCell(nn.RNNCell):
             weights += [self.bias_ih, self.bias_hh]
         mode = "RNN_" + self.nonlinearity.upper()
         y: Tensor = torch.ops.charrnn_fast.rnn_layer(
-            step, hx, weights, None, None, mode, self.bias
+            step, hx, None, weights, None, None, None, mode, self.bias, False, False
         )[0]
         return y.squeeze(0).squeeze(0) if one else y.squeeze(0)
 
@@ -78,7 +78,8 @@ class RNNCell(nn.RNNCell):
         if hx is not None:
             hx = hx.unsqueeze(0) if batched else hx.unsqueeze(0).unsqueeze(0)
         mode = ops.MODES[self.nonlinearity]
-        y, _ = ops.rnn_layer(step, hx, weights, None, None, mode, len(weights) == 4)
+        bias = len(weights) == 4
+        y = ops.rnn_layer(step, hx, None, weights, None, None, None, mode, bias)[0]
         state = ops.first_step(y)
         return state if batched else state.squeeze(0)
 

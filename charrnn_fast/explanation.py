@@ -84,7 +84,8 @@ def explain(
     if autocast and weights[0].dtype == torch.float32:
         low = torch.get_autocast_dtype(device)
         weights = [weight.to(low) for weight in weights]
-    reason = ops.why_composite(data, hx, weights)
+    mode = module.mode if isinstance(module, RNN) else ops.MODES[module.nonlinearity]
+    reason = ops.why_composite(data, hx, None, weights, None, mode)
     if reason is not None:
         return Explanation(False, reason, isa)
     dtype = weights[0].dtype
@@ -94,8 +95,8 @@ def explain(
         "the CPU kernels serve these tensors",
         isa,
         ops.computed_in(dtype) if dtype.itemsize == 2 else None,
-        tuple(ops.plan(*size, backward=False) for size in sizes),
-        tuple(ops.plan(*size, backward=True) for size in sizes),
+        tuple(ops.plan(*size, mode, backward=False) for size in sizes),
+        tuple(ops.plan(*size, mode, backward=True) for size in sizes),
     )
 
 

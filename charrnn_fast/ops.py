@@ -1,20 +1,19 @@
-"""The ops of the extension: shapes for tracing, the ISAs, and which path a call takes.
+"""The ops of the extension, the ISAs, and which path a call takes.
 
-This is the only file that uses ``torch.ops.charrnn_fast`` and ``charrnn_fast._C``.
+Only this file and ``fakes.py`` use ``charrnn_fast._C``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
 
+from charrnn_fast import fakes as fakes  # registers them
 from charrnn_fast import onnx
 from charrnn_fast._extension import _C
 
@@ -34,19 +33,30 @@ def _is_exporting_to_onnx() -> bool:
 def rnn(
     input: Tensor,
     hx: Tensor | None,
+    cx: Tensor | None,
     params: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     mode: str,
     has_biases: bool,
     num_layers: int,
     dropout: float,
     train: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor]:
-    """A stack of layers, time-major; ``mode`` is one of :data:`MODES`' values."""
+    cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A stack of layers, time-major: ``(output, h_n, c_n, cells)``.
+
+    Args:
+        mode: one of :data:`MODES`' values, ``'LSTM'`` or ``'GRU'``.
+        resets: bool ``(T, B)``: where true, the state is zero before that step.
+        cells: whether the last layer's c of every step is wanted; of an LSTM only.
+
+    ``c_n`` and ``cells`` are empty where there is none, or none was asked for.
+    """
     if _is_exporting_to_onnx() and batch_sizes is None:
-        return onnx.rnn(
+        output, h_n = onnx.rnn(
             input,
             hx,
             params,
@@ -58,38 +68,55 @@ def rnn(
             train,
             bidirectional,
         )
-    output, h_n = torch.ops.charrnn_fast.rnn.default(
+        return output, h_n, h_n.new_empty(0), h_n.new_empty(0)
+    return torch.ops.charrnn_fast.rnn.default(  # type: ignore[no-any-return]
         input,
         hx,
+        cx,
         list(params),
         batch_sizes,
         lengths,
+        resets,
         mode,
         has_biases,
         num_layers,
         dropout,
         train,
         bidirectional,
+        cells,
     )
-    return output, h_n
 
 
 def rnn_layer(
     input: Tensor,
     hx: Tensor | None,
+    cx: Tensor | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     mode: str,
     has_biases: bool,
-) -> tuple[Tensor, Tensor]:
-    """One layer of one or two directions, time-major."""
+    cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer of one or two directions, time-major: as :func:`rnn`."""
     if _is_exporting_to_onnx() and batch_sizes is None:
-        return onnx.rnn_layer(input, hx, weights, lengths, mode, has_biases)
-    y, h_n = torch.ops.charrnn_fast.rnn_layer.default(
-        input, hx, list(weights), batch_sizes, lengths, mode, has_biases
+        y, h_n = onnx.rnn_layer(input, hx, weights, lengths, mode, has_biases)
+        return y, h_n, h_n.new_empty(0), h_n.new_empty(0)
+    y, h_n, c_n, all_cells, _ = torch.ops.charrnn_fast.rnn_layer.default(
+        input,
+        hx,
+        cx,
+        list(weights),
+        batch_sizes,
+        lengths,
+        resets,
+        mode,
+        has_biases,
+        cells,
+        False,
     )
-    return y, h_n
+    return y, h_n, c_n, all_cells
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -117,6 +144,7 @@ def first_step(output: Tensor) -> Tensor:
 def generate(
     tokens: Tensor,
     state: Tensor | None,
+    cell_state: Tensor | None,
     params: Sequence[Tensor],
     head_weight: Tensor,
     head_bias: Tensor | None,
@@ -126,37 +154,41 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """N characters for S streams in one call: a step of every layer, a linear head, a draw.
 
     Args:
         tokens: ``(S)`` int64, the last characters so far, which ``state`` has not seen.
         state: ``(layers, S, H)``; zeros when None.
+        cell_state: the same for c, of a cell that has one; else None.
         params: the weights of a stack of one direction, as nn.RNN orders them.
         head_weight: ``(V, H)``.
         head_bias: ``(V)``, or None.
         uniforms: ``(N, S)`` in [0, 1), float32 or the dtype of the weights: where each draw
             inverts the cumulative distribution.
-        mode: one of :data:`MODES`' values.
+        mode: as in :func:`rnn`.
         has_biases: whether ``params`` has four tensors for a layer, or two.
         temperature: divides the scores; 0 takes the best one, the first of equals.
         top_k: only the k best scores, and ties with the last of them; 0: all.
         top_p: only the fewest characters, best first, whose probabilities reach p; 1: all.
 
     Returns:
-        ``(drawn, state)``: ids ``(N, S)``, and the state before the last of them was seen, so that
-        calls can follow one another. No gradient flows through it.
+        ``(drawn, state, cell_state)``: ids ``(N, S)``, and the state before the last of them was
+        seen, so that calls can follow one another; ``cell_state`` is empty for a cell that has
+        none. No gradient flows through them.
 
     Raises:
         IndexError: a token is outside ``[0, V)``; the message names it. On CUDA, where looking
             would mean waiting, its scores are NaN instead, and uniform numbers are not checked.
         ValueError: an option or a uniform number is out of range, or dtypes differ.
         RuntimeError: shapes or devices do not go together.
-        NotImplementedError: the dtype or the device has no kernel (see :func:`generates`).
+        NotImplementedError: the mode, the dtype or the device has no kernel (see
+            :func:`generates`).
     """
-    drawn, h_n = torch.ops.charrnn_fast.generate.default(
+    return torch.ops.charrnn_fast.generate.default(  # type: ignore[no-any-return]
         tokens,
         state,
+        cell_state,
         list(params),
         head_weight,
         head_bias,
@@ -167,196 +199,29 @@ def generate(
         top_k,
         top_p,
     )
-    return drawn, h_n
 
 
-def generates(weight: Tensor) -> bool:
-    """Whether :func:`generate` has a kernel for weights of this dtype on this device."""
+def generates(weight: Tensor, mode: str) -> bool:
+    """Whether :func:`generate` has a kernel for this mode, and weights of this dtype and device."""
     if weight.device.type == "cuda":
         built = torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::generate", "CUDA")
-        return built and weight.dtype == torch.float32
+        return built and weight.dtype == torch.float32 and mode in MODES.values()
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 
-# Raises with the message where the condition is false, or is a guard where it is symbolic.
-_check: Callable[[bool | torch.SymBool, Callable[[], str]], None] = torch._check
-
-
-def _check_devices(*tensors: Tensor | None, on_cpu: Sequence[Tensor | None] = ()) -> None:
-    """Refuses calls that reach the fake because one tensor of several is on meta.
-
-    Those of ``on_cpu`` may be on the CPU wherever the others are.
-    """
-    devices = {tensor.device.type for tensor in tensors if tensor is not None}
-    devices |= {tensor.device.type for tensor in on_cpu if tensor is not None} - {"cpu"}
-    if "meta" in devices and len(devices) > 1:
-        raise RuntimeError(f"RNN: Expected all tensors to be on the same device, got {devices}")
-
-
-def _rnn_layer_fake(
+def why_composite(
     input: Tensor,
     hx: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    mode: str,
-    has_biases: bool,
-) -> tuple[Tensor, Tensor]:
-    _check_devices(input, hx, *weights, on_cpu=(batch_sizes, lengths))
-    directions = len(weights) // (4 if has_biases else 2)
-    hidden_size = weights[1].shape[0]
-    tokens = input.dtype == torch.int64
-    packed = batch_sizes is not None
-    expected_dim = (1 if packed else 2) + (0 if tokens else 1)
-    if input.dim() != expected_dim:
-        raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
-    if not tokens:
-        _check(
-            input.shape[-1] == weights[0].shape[1],
-            lambda: (
-                "input.size(-1) must be equal to input_size. "
-                f"Expected {weights[0].shape[1]}, got {input.shape[-1]}"
-            ),
-        )
-    batch: int | torch.SymInt
-    if batch_sizes is None:
-        _check(input.shape[0] > 0, lambda: "Expected sequence length to be larger than 0 in RNN")
-        rows: tuple[int, ...] = tuple(input.shape[:2])
-        batch = input.shape[1]
-    else:
-        rows = (input.shape[0],)
-        if hx is not None:
-            batch = hx.shape[1]
-        elif batch_sizes.device.type != "meta" and not _is_fake(batch_sizes):
-            batch = int(batch_sizes[0])
-        else:
-            batch = torch.library.get_ctx().new_dynamic_size()
-    y = weights[0].new_empty((*rows, directions * hidden_size))
-    h_n = weights[0].new_empty((directions, batch, hidden_size))
-    return y, h_n
-
-
-def _rnn_layer_backward_fake(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: list[Tensor],
-    y: Tensor,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    mode: str,
-    has_biases: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    _check_devices(dy, dh_n, input, hx, *weights, y, on_cpu=(batch_sizes, lengths))
-    grads = []
-    for tensor, needed in zip([input, hx, *weights], needs, strict=True):
-        if not needed:
-            grads.append(y.new_empty((0,)))
-        elif tensor is not None:
-            grads.append(y.new_empty(tensor.shape))
-        elif dh_n is not None:
-            grads.append(y.new_empty(dh_n.shape))
-        else:
-            directions = len(weights) // (4 if has_biases else 2)
-            grads.append(y.new_empty((directions, y.shape[1], weights[1].shape[0])))
-    return grads
-
-
-def _generate_fake(
-    tokens: Tensor,
-    state: Tensor | None,
-    params: list[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    uniforms: Tensor,
-    mode: str,
-    has_biases: bool,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    _check_devices(tokens, state, *params, head_weight, head_bias, uniforms)
-    layers = len(params) // (4 if has_biases else 2)
-    drawn = tokens.new_empty(tuple(uniforms.shape))
-    return drawn, params[0].new_empty((layers, uniforms.shape[1], params[0].shape[0]))
-
-
-torch.library.register_fake("charrnn_fast::rnn_layer", _rnn_layer_fake)
-torch.library.register_fake("charrnn_fast::generate", _generate_fake)
-torch.library.register_fake("charrnn_fast::rnn_layer_backward", _rnn_layer_backward_fake)
-
-
-# For torch.utils.flop_counter: the products that it counts for nn.RNN.
-
-
-def _products(input: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[int, int]:
-    """Operations of x W_ih', and of y W_hh' for all steps, in every direction."""
-    H, I = weights[0].shape
-    directions = len(weights) // (4 if has_biases else 2)
-    if input.dtype == torch.int64:  # ids pick columns, and multiply nothing
-        return 0, 2 * directions * input.numel() * H * H
-    rows = input.numel() // I
-    return 2 * directions * rows * I * H, 2 * directions * rows * H * H
-
-
-def _rnn_layer_flops(
-    input: Tensor,
-    hx: Tensor | None,
+    cx: Tensor | None,
     weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
+    resets: Tensor | None,
     mode: str,
-    has_biases: bool,
-    **_: Any,
-) -> int:
-    return sum(_products(input, weights, has_biases))
-
-
-def _rnn_layer_backward_flops(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    y: Tensor,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    mode: str,
-    has_biases: bool,
-    needs: Sequence[bool],
-    **_: Any,
-) -> int:
-    per_direction = 4 if has_biases else 2
-    flops = 0
-    for first in range(0, len(weights), per_direction):
-        # The step before the first is hx's own; in reverse, that one runs the longest sequences.
-        B = y.shape[1] if batch_sizes is None else int(batch_sizes[-1 if first else 0])
-        last = 0 if needs[1] else 2 * B * weights[0].shape[0] ** 2
-        own = weights[first : first + per_direction]
-        projection, recurrence = _products(input, own, has_biases)
-        flops += projection * (needs[0] + needs[2 + first])
-        flops += recurrence * (1 + needs[3 + first]) - last
-    return flops
-
-
-register_flop_formula(torch.ops.charrnn_fast.rnn_layer, get_raw=True)(_rnn_layer_flops)
-register_flop_formula(torch.ops.charrnn_fast.rnn_layer_backward, get_raw=True)(
-    _rnn_layer_backward_flops
-)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor)
-
-
-def why_composite(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> str | None:
-    """Why these tensors take the composite path, or None when the kernels serve them.
+) -> str | None:
+    """Why such a call takes the composite path, or None when the kernels serve it.
 
     This asks the rule by which the ops themselves decide.
     """
-    return _C.why_composite(input, hx, list(weights))
+    return _C.why_composite(input, hx, cx, list(weights), resets, mode)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -388,9 +253,11 @@ class Plan:
         return text + (", both directions at once" if self.at_once else "")
 
 
-def plan(T: int, B: int, rows: int, I: int, H: int, directions: int, *, backward: bool) -> Plan:
+def plan(
+    T: int, B: int, rows: int, I: int, H: int, directions: int, mode: str, *, backward: bool
+) -> Plan:
     """The plan of the kernels for one layer of these sizes, by the function that they ask."""
-    threads, split, at_once = _C.plan(T, B, rows, I, H, directions, backward)
+    threads, split, at_once = _C.plan(T, B, rows, I, H, directions, mode, backward)
     return Plan(threads, split if threads > (2 if at_once else 1) else None, at_once)
 
 

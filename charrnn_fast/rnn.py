@@ -125,18 +125,21 @@ class RNN(nn.RNN):
             input = input.unsqueeze(1)
             hx = None if hx is None else hx.unsqueeze(1)
         swap = padded and self.batch_first and not one
-        output, h_n = torch.ops.charrnn_fast.rnn(
+        output, h_n, _, _ = torch.ops.charrnn_fast.rnn(
             input.transpose(0, 1) if swap else input,
             hx,
+            None,
             self._flat_weights,
             batch_sizes,
             lengths,
+            None,
             self.mode,
             self.bias,
             self.num_layers,
             self.dropout,
             self.training,
             self.bidirectional,
+            False,
         )
         if one:
             return output.squeeze(1), h_n.squeeze(1)
@@ -203,12 +206,14 @@ class RNN(nn.RNN):
         major = data.transpose(0, 1) if self.batch_first and not packed else data
         if not _is_compiling():
             major = major.contiguous()  # see csrc/short_way.cpp
-        output, h_n = ops.rnn(
+        output, h_n, _, _ = ops.rnn(
             major,
             hx,
+            None,
             weights,
             batch_sizes,
             lengths,
+            None,
             self.mode,
             self.bias,
             self.num_layers,

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <type_traits>
 
@@ -19,11 +20,6 @@ static c10::TypedOperatorHandle<Op> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
-const c10::TypedOperatorHandle<LayerBackwardOp>& layer_backward_op() {
-  static const auto op = find_op<LayerBackwardOp>("charrnn_fast::rnn_layer_backward");
-  return op;
-}
-
 namespace {
 
 using at::Tensor;
@@ -33,6 +29,11 @@ using torch::autograd::variable_list;
 
 const auto& layer_op() {
   static const auto op = find_op<LayerOp>("charrnn_fast::rnn_layer");
+  return op;
+}
+
+const auto& layer_backward_op() {
+  static const auto op = find_op<LayerBackwardOp>("charrnn_fast::rnn_layer_backward");
   return op;
 }
 
@@ -94,6 +95,7 @@ struct SavedOperand {
       version = Version(operand);
     }
   }
+  // Undefined where there was none.
   Tensor unpack() const { return kept.defined() ? kept : saved.unpack(); }
   bool unchanged() const { return !kept.defined() || version.unchanged(); }
   void reset() {
@@ -109,135 +111,173 @@ struct RnnLayerBackward : public Node {
     std::lock_guard<std::mutex> lock(mutex_);
     input.reset();
     hx.reset();
+    cx.reset();
     for (SavedOperand& weight : weights) weight.reset();
     y.reset_data();
+    saved.reset_data();
     released = true;
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
-    variable_list result(2 + weights.size());
-    if (!grads[0].defined() && !grads[1].defined()) return result;
+    variable_list result(kFirstWeight + weights.size());
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
+      return result;
+    }
+    const auto grad = [&](int output) {
+      return output < 0 ? std::nullopt : defined_or_none(grads[output]);
+    };
+    const Optional dy = grad(0), dh_n = grad(1), dc_n = grad(c_n_at), dcells = grad(cells_at);
 
     const Tensor x = input.unpack();
-    const Optional h0 = has_hx ? Optional(hx.unpack()) : std::nullopt;
+    const Optional h0 = defined_or_none(hx.unpack()), c0 = defined_or_none(cx.unpack());
     std::vector<Tensor> params;
     params.reserve(weights.size());
-    bool operands_unchanged = input.unchanged() && hx.unchanged();
+    bool operands_unchanged = input.unchanged() && hx.unchanged() && cx.unchanged();
     for (const SavedOperand& weight : weights) {
       params.push_back(weight.unpack());
       operands_unchanged = operands_unchanged && weight.unchanged();
     }
     const Optional sizes = defined_or_none(batch_sizes), ragged = defined_or_none(lengths);
+    const Optional splits = defined_or_none(resets);
+    const Call call{x, h0, c0, params, sizes, ragged, splits, mode, has_biases};
     // nn.RNN saves a private copy of each step, so its output may be changed in place. We save the
     // output itself; when it has been changed, it is computed once more, to the same bits.
     const bool again = !y_version.unchanged() && operands_unchanged;
-    const Tensor states =
-        again ? std::get<0>(layer_op().call(x, h0, params, sizes, ragged, mode, has_biases))
-              : y.unpack(getptr());
+    const Tensor states = again ? std::get<0>(call_layer(call)) : y.unpack(getptr());
+    const Tensor kept = has_saved ? saved.unpack() : at::empty({0}, states.options());
     c10::List<bool> needs;
     needs.reserve(result.size());
     for (size_t i = 0; i < result.size(); ++i) needs.push_back(task_should_compute_output(i));
 
-    auto computed =
-        layer_backward_op().call(defined_or_none(grads[0]), defined_or_none(grads[1]), x, h0,
-                                 params, states, sizes, ragged, mode, has_biases, needs);
+    auto computed = call_layer_backward(Grads{dy, dh_n, dc_n, dcells}, call, states, kept, needs);
     for (size_t i = 0; i < result.size(); ++i) {
       if (needs[i]) result[i] = std::move(computed[i]);
     }
     return result;
   }
 
-  SavedOperand input, hx;
+  SavedOperand input, hx, cx;
   std::vector<SavedOperand> weights;
-  SavedVariable y;
+  SavedVariable y, saved;
   Version y_version;
-  Tensor batch_sizes, lengths;
+  Tensor batch_sizes, lengths, resets;
   std::string mode;
+  // Places of the gradients of c_n and cells; negative where they are no results.
+  int c_n_at = -1, cells_at = -1;
   bool has_biases = false;
-  bool has_hx = false;
+  bool has_saved = false;
   bool released = false;
 };
 
-bool has_tangent(const Optional& a, const Optional& b, const Optional& c, at::TensorList list) {
-  using torch::autograd::isFwGradDefined;
-  return isFwGradDefined(a) || isFwGradDefined(b) || isFwGradDefined(c) ||
-         torch::autograd::isFwGradDefinedTensorList(list);
+bool has_tangent(const Optional& tensor) { return torch::autograd::isFwGradDefined(tensor); }
+
+bool has_tangent(const Call& call) {
+  return has_tangent(call.input) || has_tangent(call.hx) || has_tangent(call.cx) ||
+         torch::autograd::isFwGradDefinedTensorList(call.weights);
 }
 
-Pair layer_autograd(c10::DispatchKeySet keys, const Tensor& input, const Optional& hx,
-                    at::TensorList weights, const Optional& batch_sizes, const Optional& lengths,
-                    std::string_view mode, bool has_biases) {
-  if (has_tangent(input, hx, std::nullopt, weights)) {
-    return composite::forward(input, hx, weights, batch_sizes, lengths, mode, has_biases);
-  }
-  const bool recorded = torch::autograd::compute_requires_grad(input, hx, weights);
+// What backward reads, and what therefore may not change before it.
+struct Reads {
+  bool input, hx, cx;
+  bool weights[4];  // of each kind
+};
+
+Reads what_backward_reads(const Call& call, CellSizes sizes, bool saved) {
+  // Gates that were not saved are computed again, from everything.
+  if (sizes.saved > 0 && !saved) return {true, true, true, {true, true, true, true}};
+  const auto any_trained = [&](int64_t kind) {
+    for (size_t i = kind; i < call.weights.size(); i += weights_per_direction(call.has_biases)) {
+      if (call.weights[i].requires_grad()) return true;
+    }
+    return false;
+  };
+  const c10::SymInt T =
+      call.batch_sizes.has_value() ? call.batch_sizes->sym_numel() : call.input.sym_size(0);
+  const bool many_steps = T.maybe_as_int() != 1;
+  const bool trains_hx = call.hx.has_value() && call.hx->requires_grad();
+  return {any_trained(0),
+          any_trained(1) || sizes.reads_h0,
+          sizes.has_state,
+          {call.input.requires_grad(), many_steps || trains_hx, false, false}};
+}
+
+LayerResult layer_autograd(c10::DispatchKeySet keys, const Call& call) {
+  if (has_tangent(call)) return composite::forward(call);
+  const bool recorded =
+      torch::autograd::compute_requires_grad(call.input, call.hx, call.cx, call.weights);
+  Call below = call;
+  below.keep = call.keep || recorded;
   auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_op().redispatch(keys & c10::after_autograd_keyset, input, hx, weights, batch_sizes,
-                                 lengths, mode, has_biases);
+    return with_arguments(below, [&](const auto&... arguments) {
+      return layer_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
+    });
   }();
   if (!recorded) return result;
+  auto& [y, h_n, c_n, cells, saved] = result;
 
   auto node = make_node<RnnLayerBackward>();
   torch::autograd::edge_list edges;
-  edges.reserve(2 + weights.size());
+  edges.reserve(kFirstWeight + call.weights.size());
   const auto add_edge = [&](const Tensor& tensor) {
     edges.push_back(tensor.defined() ? torch::autograd::impl::gradient_edge(tensor)
                                      : torch::autograd::Edge());
   };
-  add_edge(input);
-  add_edge(hx.value_or(Tensor()));
-  for (const Tensor& weight : weights) add_edge(weight);
+  add_edge(call.input);
+  add_edge(call.hx.value_or(Tensor()));
+  add_edge(call.cx.value_or(Tensor()));
+  for (const Tensor& weight : call.weights) add_edge(weight);
   node->set_next_edges(std::move(edges));
 
-  const size_t per_direction = has_biases ? 4 : 2;
-  const auto any_trained = [&](size_t kind) {
-    for (size_t i = kind; i < weights.size(); i += per_direction) {
-      if (weights[i].requires_grad()) return true;
-    }
-    return false;
-  };
-  const c10::SymInt T = batch_sizes.has_value() ? batch_sizes->sym_numel() : input.sym_size(0);
-  const bool many_steps = T.maybe_as_int() != 1;
-  const bool reads_W_ih = input.requires_grad();
-  const bool reads_W_hh = many_steps || (hx.has_value() && hx->requires_grad());
-  node->input = SavedOperand(input, any_trained(0));
-  node->has_hx = hx.has_value();
-  if (hx.has_value()) node->hx = SavedOperand(*hx, any_trained(1));
-  node->weights.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const size_t kind = i % per_direction;
-    node->weights.emplace_back(weights[i], (kind == 0 && reads_W_ih) || (kind == 1 && reads_W_hh));
+  const CellSizes sizes = sizes_of(parse_mode(call.mode));
+  node->has_saved = saved.dim() > 1;  // else it is empty, and of one dimension
+  const Reads reads = what_backward_reads(call, sizes, node->has_saved);
+  node->input = SavedOperand(call.input, reads.input);
+  if (call.hx.has_value()) node->hx = SavedOperand(*call.hx, reads.hx);
+  if (call.cx.has_value()) node->cx = SavedOperand(*call.cx, reads.cx);
+  node->weights.reserve(call.weights.size());
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    const size_t kind = i % weights_per_direction(call.has_biases);
+    node->weights.emplace_back(call.weights[i], reads.weights[kind]);
   }
-  node->has_biases = has_biases;
-  node->batch_sizes = batch_sizes.value_or(Tensor());
-  node->lengths = lengths.value_or(Tensor());
-  node->mode = std::string(mode);
+  node->has_biases = call.has_biases;
+  node->batch_sizes = call.batch_sizes.value_or(Tensor());
+  node->lengths = call.lengths.value_or(Tensor());
+  node->resets = call.resets.value_or(Tensor());
+  node->mode = std::string(call.mode);
 
-  torch::autograd::set_history(std::get<0>(result), node);
-  torch::autograd::set_history(std::get<1>(result), node);
-  node->y = SavedVariable(std::get<0>(result), true);
-  node->y_version = Version(std::get<0>(result));
+  torch::autograd::set_history(y, node);
+  torch::autograd::set_history(h_n, node);
+  if (sizes.has_state) {
+    node->c_n_at = 2;
+    torch::autograd::set_history(c_n, node);
+  }
+  if (call.cells) {
+    node->cells_at = 3;
+    torch::autograd::set_history(cells, node);
+  }
+  node->y = SavedVariable(y, true);
+  node->y_version = Version(y);
+  if (node->has_saved) node->saved = SavedVariable(saved, false);
   return result;
 }
 
 // Recorded when backward itself is differentiated: then the composite, whose ops record themselves.
-std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Optional& dy,
-                                            const Optional& dh_n, const Tensor& input,
-                                            const Optional& hx, at::TensorList weights,
-                                            const Tensor& y, const Optional& batch_sizes,
-                                            const Optional& lengths, std::string_view mode,
-                                            bool has_biases, c10::List<bool> needs) {
-  if (torch::autograd::compute_requires_grad(dy, dh_n, input, hx, weights, y) ||
-      has_tangent(dy, dh_n, input, weights) || has_tangent(hx, y, std::nullopt, {})) {
-    return composite::backward(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode,
-                               has_biases, needs);
+std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Grads& grads,
+                                            const Call& call, const Tensor& y, const Tensor& saved,
+                                            const c10::List<bool>& needs) {
+  if (torch::autograd::compute_requires_grad(grads.dy, grads.dh_n, grads.dc_n, grads.dcells,
+                                             call.input, call.hx, call.cx, call.weights, y) ||
+      has_tangent(call) || has_tangent(grads.dy) || has_tangent(grads.dh_n) ||
+      has_tangent(grads.dc_n) || has_tangent(grads.dcells) || has_tangent(y)) {
+    return composite::backward(grads, call, y, saved, needs);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return layer_backward_op().redispatch(keys & c10::after_autograd_keyset, dy, dh_n, input, hx,
-                                        weights, y, batch_sizes, lengths, mode, has_biases, needs);
+  return with_arguments(grads, call, y, saved, needs, [&](const auto&... arguments) {
+    return layer_backward_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
+  });
 }
 
 struct LinearBackward : public Node {
@@ -301,15 +341,22 @@ std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Ten
 
 }  // namespace
 
-Pair call_layer(const Tensor& input, const Optional& hx, at::TensorList weights,
-                const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                bool has_biases) {
-  return layer_op().call(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+LayerResult call_layer(const Call& call) {
+  return with_arguments(call,
+                        [](const auto&... arguments) { return layer_op().call(arguments...); });
+}
+
+std::vector<Tensor> call_layer_backward(const Grads& grads, const Call& call, const Tensor& y,
+                                        const Tensor& saved, const c10::List<bool>& needs) {
+  return with_arguments(grads, call, y, saved, needs, [](const auto&... arguments) {
+    return layer_backward_op().call(arguments...);
+  });
 }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {
-  m.impl("rnn_layer", TORCH_FN(layer_autograd));
-  m.impl("rnn_layer_backward", TORCH_FN(layer_backward_autograd));
+  m.impl("rnn_layer", TORCH_FN((LayerImpl<layer_autograd, c10::DispatchKeySet>::call)));
+  m.impl("rnn_layer_backward",
+         TORCH_FN((LayerBackwardImpl<layer_backward_autograd, c10::DispatchKeySet>::call)));
   m.impl("linear", TORCH_FN(linear_autograd));
   m.impl("linear_backward", TORCH_FN(linear_backward_autograd));
 }

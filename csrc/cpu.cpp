@@ -10,6 +10,7 @@
 
 #include "allocation.h"
 #include "layer.h"
+#include "operands.h"
 #include "teams.h"
 
 namespace charrnn_fast {
@@ -26,7 +27,8 @@ namespace {
 // The layout of the rows, with the arrays it points to.
 class Rows {
  public:
-  Rows(const Layer& layer, const Optional& batch_sizes, const Optional& lengths)
+  Rows(const Layer& layer, const Optional& batch_sizes, const Optional& lengths,
+       const Optional& resets)
       : seq_{layer.T, layer.B, layer.N, layer.B, nullptr, nullptr, nullptr, nullptr, nullptr} {
     if (batch_sizes.has_value()) {
       const int64_t* running = batch_sizes->const_data_ptr<int64_t>();
@@ -41,6 +43,9 @@ class Rows {
       }
       seq_.step_row = step_row_.data();
       seq_.lengths = lengths_.data();
+    } else if (resets.has_value()) {
+      const int64_t* steps = lengths.has_value() ? lengths->const_data_ptr<int64_t>() : nullptr;
+      split(layer, steps, resets->const_data_ptr<bool>());
     } else if (lengths.has_value()) {
       const int64_t* steps = lengths->const_data_ptr<int64_t>();
       slot_row_.resize(layer.B);
@@ -56,10 +61,60 @@ class Rows {
   Rows(const Rows&) = delete;
   Rows& operator=(const Rows&) = delete;
 
-  const Sequences& sequences() const { return seq_; }
+  // Of one direction.
+  Sequences sequences(bool reverse) const {
+    Sequences seq = seq_;
+    if (pieces_.empty()) return seq;
+    seq.start_row = reverse ? last_.data() : first_.data();
+    seq.end_row = reverse ? first_of_all_.data() : last_.data();
+    return seq;
+  }
+  // The sizes by which a call is divided among threads: a piece counts as a sequence.
+  Layer planned(Layer layer) const {
+    layer.T = seq_.T;
+    layer.B = seq_.B;
+    return layer;
+  }
 
  private:
+  struct Piece {
+    int64_t sequence, begin, end;
+  };
+
+  // The pieces between resets, as sequences of their own.
+  void split(const Layer& layer, const int64_t* steps, const bool* reset) {
+    for (int64_t b = 0; b < layer.B; ++b) {
+      const int64_t end = steps != nullptr ? steps[b] : layer.T;
+      int64_t begin = 0;
+      for (int64_t t = 1; t < end; ++t) {
+        if (!reset[t * layer.B + b]) continue;
+        pieces_.push_back({b, begin, t});
+        begin = t;
+      }
+      pieces_.push_back({b, begin, end});
+    }
+    std::stable_sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) {
+      return a.end - a.begin > b.end - b.begin;
+    });
+    for (const Piece& piece : pieces_) {
+      const int64_t b = piece.sequence, length = steps != nullptr ? steps[b] : layer.T;
+      lengths_.push_back(piece.end - piece.begin);
+      slot_row_.push_back(piece.begin * layer.B + b);
+      first_of_all_.push_back(piece.begin == 0 ? b : -1);
+      first_.push_back(piece.begin == 0 && !reset[b] ? b : -1);
+      last_.push_back(piece.end == length ? b : -1);
+    }
+    seq_.T = lengths_[0];
+    seq_.B = static_cast<int64_t>(pieces_.size());
+    seq_.slot_row = slot_row_.data();
+    seq_.lengths = lengths_.data();
+  }
+
   std::vector<int64_t> step_row_, lengths_, slot_row_;
+  // Of each piece the sequence whose first, or last, one it is, else -1. In `first_` only where no
+  // reset comes before the first step.
+  std::vector<int64_t> first_, first_of_all_, last_;
+  std::vector<Piece> pieces_;
   Sequences seq_;
 };
 
@@ -85,69 +140,50 @@ scalar* mutable_data(const at::Tensor& tensor) {
   return reinterpret_cast<scalar*>(tensor.mutable_data_ptr<InTorch<scalar>>());
 }
 
-Optional contiguous(const Optional& tensor) {
-  return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
+template <typename scalar>
+const scalar* data_or_null(const Optional& tensor, int64_t offset) {
+  return tensor.has_value() ? data<scalar>(*tensor) + offset : nullptr;
 }
 
-// The tensors themselves where all are contiguous, as weights are; else copies, kept in `copies`.
-at::TensorList contiguous(at::TensorList tensors, std::vector<at::Tensor>* copies) {
-  if (std::all_of(tensors.begin(), tensors.end(),
-                  [](const at::Tensor& tensor) { return tensor.is_contiguous(); })) {
-    return tensors;
-  }
-  for (const at::Tensor& tensor : tensors) copies->push_back(tensor.contiguous());
-  return *copies;
-}
-
-Optional converted(const Optional& tensor, at::ScalarType dtype) {
-  return tensor.has_value() && tensor->defined() ? Optional(tensor->to(dtype)) : std::nullopt;
-}
-
-std::vector<at::Tensor> converted(at::TensorList tensors, at::ScalarType dtype) {
-  std::vector<at::Tensor> result;
-  result.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) result.push_back(tensor.to(dtype));
-  return result;
-}
-
-// Token ids stay what they are.
-at::Tensor converted_input(const at::Tensor& input, at::ScalarType dtype) {
-  return input.scalar_type() == at::kLong ? input : input.to(dtype);
+// Where to write, or null where a result is empty, as what nobody asked for is.
+template <typename scalar>
+scalar* out(const at::Tensor& tensor, int64_t offset) {
+  return tensor.numel() > 0 ? mutable_data<scalar>(tensor) + offset : nullptr;
 }
 
 template <typename scalar>
-const scalar* data_or_null(const Optional& tensor) {
-  return tensor.has_value() ? data<scalar>(*tensor) : nullptr;
-}
-
-template <typename scalar>
-void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::Tensor& input,
-                   const Optional& hx, at::TensorList weights, bool has_biases,
-                   const Sequences& seq, at::Tensor& y, at::Tensor& h_n) {
-  const int64_t per_direction = has_biases ? 4 : 2;
-  const Plan plan = plan_forward(layer);
-  const scalar* h0 = data_or_null<scalar>(hx);
+void forward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows& rows,
+                   const Call& call, const LayerResult& result) {
+  const auto& [y, h_n, c_n, cells, saved] = result;
+  const Plan plan = plan_forward(rows.planned(layer));
+  const int64_t state = layer.B * layer.H, columns = layer.D * layer.H;
+  const int64_t saved_size = layer.N * sizes_of(layer.cell).saved * layer.H;
   std::array<ForwardArgs<scalar>, 2> args;
   for (int64_t d = 0; d < layer.D; ++d) {
-    const at::Tensor* w = &weights[d * per_direction];
+    const Weights w = weights_of(call, d);
     args[d] = {
-        .seq = seq,
+        .seq = rows.sequences(d == 1),
         .I = layer.I,
         .H = layer.H,
         .cell = layer.cell,
         .reverse = d == 1,
         .split = plan.split,
-        .x = layer.tokens ? nullptr : data<scalar>(input),
+        .x = layer.tokens ? nullptr : data<scalar>(call.input),
         .ldx = layer.I,
-        .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
-        .W_ih = data<scalar>(w[0]),
-        .W_hh = data<scalar>(w[1]),
-        .b_ih = has_biases ? data<scalar>(w[2]) : nullptr,
-        .b_hh = has_biases ? data<scalar>(w[3]) : nullptr,
-        .h0 = h0 != nullptr ? h0 + d * layer.B * layer.H : nullptr,
-        .y = mutable_data<scalar>(y) + d * layer.H,
-        .ldy = layer.D * layer.H,
-        .h_n = mutable_data<scalar>(h_n) + d * layer.B * layer.H,
+        .ids = layer.tokens ? call.input.const_data_ptr<int64_t>() : nullptr,
+        .W_ih = data<scalar>(w.W_ih),
+        .W_hh = data<scalar>(w.W_hh),
+        .b_ih = call.has_biases ? data<scalar>(w.b_ih) : nullptr,
+        .b_hh = call.has_biases ? data<scalar>(w.b_hh) : nullptr,
+        .h0 = data_or_null<scalar>(call.hx, d * state),
+        .c0 = data_or_null<scalar>(call.cx, d * state),
+        .y = out<scalar>(y, d * layer.H),
+        .ldy = columns,
+        .h_n = out<scalar>(h_n, d * state),
+        .c_n = out<scalar>(c_n, d * state),
+        .cells = out<scalar>(cells, d * layer.H),
+        .ldcells = columns,
+        .saved = out<scalar>(saved, d * saved_size),
         .workspace = nullptr,
     };
   }
@@ -161,55 +197,77 @@ void forward_layer(const Kernels<scalar>& table, const Layer& layer, const at::T
 // Without a state the first step has no recurrent product. nn.RNN computes that of zeros, which
 // shows what is infinite or NaN in W_hh.
 template <typename scalar>
-bool finite_recurrence(const Kernels<scalar>& table, const Layer& layer, at::TensorList weights,
-                       bool has_biases) {
-  for (int64_t d = 0; d < layer.D; ++d) {
-    const at::Tensor& W_hh = weights[d * (has_biases ? 4 : 2) + 1];
+bool finite_recurrence(const Kernels<scalar>& table, const Call& call) {
+  for (int64_t d = 0; d < directions_of(call); ++d) {
+    const at::Tensor& W_hh = weights_of(call, d).W_hh;
     if (!table.all_finite(data<scalar>(W_hh), W_hh.numel())) return false;
   }
   return true;
 }
 
-Pair rnn_layer_cpu(const at::Tensor& input_, const Optional& hx_, at::TensorList weights_,
-                   const Optional& batch_sizes_, const Optional& lengths_, std::string_view mode,
-                   bool has_biases) {
-  const SurvivesFork guard;
-  const Layer layer = check_layer(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
-  if (why_composite(input_, hx_, weights_) != nullptr) {
-    return composite::forward(input_, hx_, weights_, batch_sizes_, lengths_, mode, has_biases);
-  }
-  // Looked up once: another thread may select another ISA meanwhile.
-  const Isa& current = isa();
-  const auto dtype = weights_[0].scalar_type(), computed = computed_in(current, dtype);
-  if (computed != dtype) {
-    const auto [y, h_n] =
-        rnn_layer_cpu(converted_input(input_, computed), converted(hx_, computed),
-                      converted(weights_, computed), batch_sizes_, lengths_, mode, has_biases);
-    return {y.to(dtype), h_n.to(dtype)};
-  }
-  const at::Tensor input = input_.contiguous();
-  Optional hx = contiguous(hx_);
-  std::vector<at::Tensor> copies;
-  const at::TensorList weights = contiguous(weights_, &copies);
-  const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
-  if (layer.tokens) check_token_ids(input, layer.I);
-
-  const int64_t columns = layer.D * layer.H;
-  at::Tensor y = layer.packed          ? empty({layer.N, columns}, dtype)
-                 : lengths.has_value() ? at::zeros({layer.T, layer.B, columns}, dtype)
-                                       : empty({layer.T, layer.B, columns}, dtype);
-  at::Tensor h_n = empty({layer.D, layer.B, layer.H}, dtype);
-  if (layer.N == 0 || layer.H == 0) return {y, h_n};
-
-  count(counters().forward_fused);
-  const Rows rows(layer, batch_sizes, lengths);
-  with_kernels(current, dtype, [&](const auto& kernels) {
-    if (!hx.has_value() && !finite_recurrence(kernels, layer, weights, has_biases)) {
-      hx = at::zeros(h_n.sizes(), dtype);
+// Zeros in the rows past each sequence's end, which the kernels leave alone, of a tensor that has N
+// rows, perhaps for each direction.
+void clear_gaps(const at::Tensor& tensor, const Layer& layer, const at::Tensor& lengths) {
+  if (tensor.numel() == 0) return;
+  const int64_t blocks = tensor.dim() == 3 && tensor.size(1) == layer.N ? tensor.size(0) : 1;
+  const size_t bytes = tensor.numel() / (blocks * layer.N) * tensor.element_size();
+  const int64_t* steps = lengths.const_data_ptr<int64_t>();
+  auto* data = static_cast<std::byte*>(tensor.mutable_data_ptr());
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t t = 0; t < layer.T; ++t) {
+      for (int64_t b = 0; b < layer.B; ++b) {
+        if (t < steps[b]) continue;
+        std::memset(data + ((block * layer.T + t) * layer.B + b) * bytes, 0, bytes);
+      }
     }
-    forward_layer(kernels, layer, input, hx, weights, has_biases, rows.sequences(), y, h_n);
-  });
-  return {y, h_n};
+  }
+}
+
+// By the kernels of one ISA: another thread may select another one meanwhile.
+LayerResult forward_by_kernels(const Isa& current, const Layer& layer, const Call& given) {
+  const auto dtype = given.weights[0].scalar_type(), computed = computed_in(current, dtype);
+  Operands operands(given, computed);
+  const Call& call = operands.call;
+  if (layer.tokens) check_token_ids(call.input, layer.I);
+
+  const CellSizes sizes = sizes_of(layer.cell);
+  const auto states = [&](bool wanted) {
+    return wanted ? empty({layer.D, layer.B, layer.H}, computed) : empty({0}, computed);
+  };
+  const auto steps = [&](bool wanted) {
+    const int64_t columns = layer.D * layer.H;
+    return !wanted        ? empty({0}, computed)
+           : layer.packed ? empty({layer.N, columns}, computed)
+                          : empty({layer.T, layer.B, columns}, computed);
+  };
+  LayerResult result{steps(true), states(true), states(sizes.has_state), steps(call.cells),
+                     call.keep && sizes.saved > 0
+                         ? empty({layer.D, layer.N, sizes.saved * layer.H}, computed)
+                         : empty({0}, dtype)};
+  if (call.lengths.has_value()) {
+    const auto& [y, h_n, c_n, cells, saved] = result;
+    for (const at::Tensor& rows : {y, cells, saved}) clear_gaps(rows, layer, *call.lengths);
+  }
+  if (layer.N > 0 && layer.H > 0) {
+    count(counters().forward_fused);
+    const Rows rows(layer, call.batch_sizes, call.lengths, call.resets);
+    with_kernels(current, computed, [&](const auto& kernels) {
+      if (!call.hx.has_value() && !finite_recurrence(kernels, call)) {
+        operands.hx = at::zeros({layer.D, layer.B, layer.H}, computed);
+      }
+      forward_layer(kernels, layer, rows, call, result);
+    });
+  }
+  if (computed == dtype) return result;
+  auto& [y, h_n, c_n, cells, saved] = result;
+  return {y.to(dtype), h_n.to(dtype), c_n.to(dtype), cells.to(dtype), saved};
+}
+
+LayerResult forward_cpu(const Call& call) {
+  const SurvivesFork guard;
+  const Layer layer = check_layer(call);
+  if (why_composite(call) != nullptr) return composite::forward(call);
+  return forward_by_kernels(isa(), layer, call);
 }
 
 // The tensor as it is where its rows lie equally far apart, be it at distance 0; else a copy.
@@ -220,57 +278,57 @@ at::Tensor with_regular_rows(const at::Tensor& y) {
 }
 
 template <typename scalar>
-void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Optional& dy,
-                    const Optional& dh_n, const at::Tensor& input, const Optional& hx,
-                    at::TensorList weights, const at::Tensor& y, bool has_biases,
-                    const Sequences& seq, std::vector<at::Tensor>& grads) {
-  const int64_t per_direction = has_biases ? 4 : 2;
-  const Plan plan = plan_backward(layer);
-  const int64_t state = layer.B * layer.H;
-  const scalar* h0 = data_or_null<scalar>(hx);
-  const scalar* dy_data = data_or_null<scalar>(dy);
-  const scalar* dh_n_data = data_or_null<scalar>(dh_n);
-  const auto out = [](at::Tensor& grad) {
-    return grad.numel() > 0 ? mutable_data<scalar>(grad) : nullptr;
-  };
+void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows& rows,
+                    const Grads& given, const Call& call, const at::Tensor& y,
+                    const at::Tensor& saved, const std::vector<at::Tensor>& grads) {
+  const Plan plan = plan_backward(rows.planned(layer));
+  const CellSizes sizes = sizes_of(layer.cell);
+  const int64_t state = layer.B * layer.H, columns = layer.D * layer.H;
   std::array<BackwardArgs<scalar>, 2> args;
   size_t bytes = 0;  // of the workspace of either direction
   std::array<at::Tensor, 2> dx;
   for (int64_t d = 0; d < layer.D; ++d) {
-    const at::Tensor* w = &weights[d * per_direction];
-    at::Tensor* dw = &grads[2 + d * per_direction];
-    dx[d] = d == 0 || grads[0].numel() == 0 ? grads[0] : at::zeros_like(grads[0]);
-    scalar* dh0 = out(grads[1]);
-    scalar* db = has_biases ? out(dw[2].numel() > 0 ? dw[2] : dw[3]) : nullptr;
+    const Weights w = weights_of(call, d);
+    const at::Tensor* dw = &grads[first_weight(call.has_biases, d)];
+    const at::Tensor& dx_all = grads[kInput];
+    dx[d] = d == 0 || dx_all.numel() == 0 ? dx_all : at::zeros_like(dx_all);
     args[d] = {
-        .seq = seq,
+        .seq = rows.sequences(d == 1),
         .I = layer.I,
         .H = layer.H,
         .cell = layer.cell,
         .reverse = d == 1,
         .split = plan.split,
-        .x = layer.tokens ? nullptr : data<scalar>(input),
+        .x = layer.tokens ? nullptr : data<scalar>(call.input),
         .ldx = layer.I,
-        .ids = layer.tokens ? input.const_data_ptr<int64_t>() : nullptr,
-        .W_ih = data<scalar>(w[0]),
-        .W_hh = data<scalar>(w[1]),
-        .h0 = h0 != nullptr ? h0 + d * state : nullptr,
+        .ids = layer.tokens ? call.input.const_data_ptr<int64_t>() : nullptr,
+        .W_ih = data<scalar>(w.W_ih),
+        .W_hh = data<scalar>(w.W_hh),
+        .h0 = data_or_null<scalar>(call.hx, d * state),
+        .c0 = data_or_null<scalar>(call.cx, d * state),
         .y = data<scalar>(y) + d * layer.H,
         .ldy = y.stride(-2),
-        .dy = dy_data != nullptr ? dy_data + d * layer.H : nullptr,
-        .lddy = layer.D * layer.H,
-        .dh_n = dh_n_data != nullptr ? dh_n_data + d * state : nullptr,
+        .saved =
+            sizes.saved > 0 ? data<scalar>(saved) + d * layer.N * sizes.saved * layer.H : nullptr,
+        .dy = data_or_null<scalar>(given.dy, d * layer.H),
+        .lddy = columns,
+        .dcells = data_or_null<scalar>(given.dcells, d * layer.H),
+        .lddcells = columns,
+        .dh_n = data_or_null<scalar>(given.dh_n, d * state),
+        .dc_n = data_or_null<scalar>(given.dc_n, d * state),
         .delta = nullptr,
-        .dx = out(dx[d]),
-        .dh0 = dh0 != nullptr ? dh0 + d * state : nullptr,
-        .dW_ih = out(dw[0]),
-        .dW_hh = out(dw[1]),
-        .db_ih = db,
+        .dx = out<scalar>(dx[d], 0),
+        .dh0 = out<scalar>(grads[kHx], d * state),
+        .dc0 = out<scalar>(grads[kCx], d * state),
+        .dW_ih = out<scalar>(dw[0], 0),
+        .dW_hh = out<scalar>(dw[1], 0),
+        .db_ih = call.has_biases ? out<scalar>(dw[2], 0) : nullptr,
+        .db_hh = call.has_biases ? out<scalar>(dw[3], 0) : nullptr,
         .workspace = nullptr,
     };
     bytes = std::max(bytes, whole_pages(table.backward_workspace(args[d], plan.members)));
   }
-  const size_t delta_bytes = whole_pages(layer.N * layer.H * sizeof(scalar));
+  const size_t delta_bytes = whole_pages(layer.N * sizes.sums * layer.H * sizeof(scalar));
   const Scratch scratch(layer.D * (delta_bytes + bytes));
   for (int64_t d = 0; d < layer.D; ++d) {
     std::byte* own = scratch.data() + d * (delta_bytes + bytes);
@@ -279,75 +337,73 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Opti
   }
   const auto backward = table.backward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { backward(args[d], team); });
-  if (layer.D == 2 && grads[0].numel() > 0) grads[0].add_(dx[1]);
-  for (int64_t d = 0; has_biases && d < layer.D; ++d) {
-    at::Tensor* dw = &grads[2 + d * per_direction];
-    if (dw[2].numel() > 0 && dw[3].numel() > 0) {
-      std::memcpy(out(dw[3]), out(dw[2]), layer.H * sizeof(scalar));
-    }
-  }
+  if (layer.D == 2 && grads[kInput].numel() > 0) grads[kInput].add_(dx[1]);
 }
 
-std::vector<at::Tensor> rnn_layer_backward_cpu(const Optional& dy_, const Optional& dh_n_,
-                                               const at::Tensor& input_, const Optional& hx_,
-                                               at::TensorList weights_, const at::Tensor& y_,
-                                               const Optional& batch_sizes_,
-                                               const Optional& lengths_, std::string_view mode,
-                                               bool has_biases, c10::List<bool> needs) {
+// Whether forward on this ISA has kept what backward needs, or kept it at all.
+bool fits(const at::Tensor& saved, const Layer& layer, at::ScalarType computed) {
+  const int64_t numbers = sizes_of(layer.cell).saved;
+  return numbers == 0 || (saved.scalar_type() == computed && saved.is_contiguous() &&
+                          saved.sizes() == at::IntArrayRef({layer.D, layer.N, numbers * layer.H}));
+}
+
+std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given,
+                                     const at::Tensor& given_y, const at::Tensor& given_saved,
+                                     const c10::List<bool>& needs) {
   const SurvivesFork guard;
-  const Layer layer = check_layer_backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_,
-                                           lengths_, mode, has_biases, needs);
-  if (why_composite(input_, hx_, weights_) != nullptr) {
-    return composite::backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes_, lengths_, mode,
-                               has_biases, needs);
+  const Layer layer = check_layer_backward(given_grads, given, given_y, given_saved, needs);
+  if (why_composite(given) != nullptr) {
+    return composite::backward(given_grads, given, given_y, given_saved, needs);
   }
-  // Looked up once: another thread may select another ISA meanwhile.
   const Isa& current = isa();
-  const auto dtype = weights_[0].scalar_type(), computed = computed_in(current, dtype);
-  if (computed != dtype) {
-    return converted(
-        rnn_layer_backward_cpu(converted(dy_, computed), converted(dh_n_, computed),
-                               converted_input(input_, computed), converted(hx_, computed),
-                               converted(weights_, computed), y_.to(computed), batch_sizes_,
-                               lengths_, mode, has_biases, needs),
-        dtype);
-  }
-  const at::Tensor input = input_.contiguous(), y = with_regular_rows(y_);
-  const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);
-  const Optional batch_sizes = contiguous(batch_sizes_), lengths = contiguous(lengths_);
-  std::vector<at::Tensor> copies;
-  const at::TensorList weights = contiguous(weights_, &copies);
-  if (layer.tokens) check_token_ids(input, layer.I);
+  const auto dtype = given.weights[0].scalar_type(), computed = computed_in(current, dtype);
+  const Operands operands(given, computed);
+  const Call& call = operands.call;
+  const at::Tensor y = with_regular_rows(given_y.to(computed));
+  const Optional dy = plain(given_grads.dy, computed), dh_n = plain(given_grads.dh_n, computed);
+  const Optional dc_n = plain(given_grads.dc_n, computed);
+  const Optional dcells = plain(given_grads.dcells, computed);
+  if (layer.tokens) check_token_ids(call.input, layer.I);
 
   const bool nothing = layer.N == 0 || layer.H == 0;
-  const bool gaps = lengths.has_value();
   const auto grad = [&](bool wanted, at::IntArrayRef sizes, bool zeros) {
-    if (!wanted) return empty({0}, dtype);
-    return zeros ? at::zeros(sizes, dtype) : empty(sizes, dtype);
+    if (!wanted) return empty({0}, computed);
+    return zeros || nothing ? at::zeros(sizes, computed) : empty(sizes, computed);
   };
+  // Rows that no sequence writes: past the ends, and states that a reset makes unused.
+  const bool gaps = call.lengths.has_value(), unused = call.resets.has_value();
+  const std::vector<int64_t> state = {layer.D, layer.B, layer.H};
   std::vector<at::Tensor> grads;
   grads.reserve(needs.size());
-  grads.push_back(grad(needs[0] && !layer.tokens, input.sizes(), gaps));
-  grads.push_back(grad(needs[1], {layer.D, layer.B, layer.H}, nothing));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    grads.push_back(grad(needs[2 + i], weights[i].sizes(), nothing));
+  grads.push_back(grad(needs[kInput] && !layer.tokens, call.input.sizes(), gaps));
+  grads.push_back(grad(needs[kHx], state, unused));
+  grads.push_back(grad(needs[kCx] && sizes_of(layer.cell).has_state, state, unused));
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    grads.push_back(grad(needs[kFirstWeight + i], call.weights[i].sizes(), false));
   }
-  if (nothing) return grads;
-
-  count(counters().backward_fused);
-  const Rows rows(layer, batch_sizes, lengths);
-  with_kernels(current, dtype, [&](const auto& kernels) {
-    backward_layer(kernels, layer, dy, dh_n, input, hx, weights, y, has_biases, rows.sequences(),
-                   grads);
-  });
+  if (!nothing) {
+    count(counters().backward_fused);
+    const Rows rows(layer, call.batch_sizes, call.lengths, call.resets);
+    at::Tensor saved = given_saved;
+    if (!fits(saved, layer, computed)) {
+      Call again = call;
+      again.keep = true;
+      saved = std::get<4>(forward_by_kernels(current, layer, again));
+    }
+    with_kernels(current, computed, [&](const auto& kernels) {
+      backward_layer(kernels, layer, rows, {dy, dh_n, dc_n, dcells}, call, y, saved, grads);
+    });
+  }
+  if (computed == dtype) return grads;
+  for (at::Tensor& each : grads) each = each.to(dtype);
   return grads;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
-  m.impl("rnn_layer", TORCH_FN(rnn_layer_cpu));
-  m.impl("rnn_layer_backward", TORCH_FN(rnn_layer_backward_cpu));
+  m.impl("rnn_layer", TORCH_FN(LayerImpl<forward_cpu>::call));
+  m.impl("rnn_layer_backward", TORCH_FN(LayerBackwardImpl<backward_cpu>::call));
 }
 
 }  // namespace charrnn_fast

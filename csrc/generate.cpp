@@ -70,15 +70,13 @@ const Kernels<scalar>& kernels() {
 }
 
 template <typename scalar>
-void generate(const GenerateSizes& sizes, const Tensor& tokens, const std::vector<Tensor>& params,
-              const Tensor& head_weight, const Optional& head_bias, const Tensor& uniforms,
-              bool has_biases, double temperature, int64_t top_k, double top_p, Tensor& drawn,
-              Tensor& state) {
-  check_values<scalar>(tokens, uniforms, sizes);
-  const size_t per_layer = has_biases ? 4 : 2;
+void generate(const GenerateSizes& sizes, const GenerateCall& call, Tensor& drawn, Tensor& state,
+              Tensor& cell_state) {
+  check_values<scalar>(call.tokens, call.uniforms, sizes);
+  const size_t per_layer = weights_per_direction(call.has_biases);
   std::array<std::vector<const scalar*>, 4> weights;  // of each kind, by layer
-  for (size_t i = 0; i < params.size(); ++i) {
-    weights[i % per_layer].push_back(params[i].const_data_ptr<scalar>());
+  for (size_t i = 0; i < call.params.size(); ++i) {
+    weights[i % per_layer].push_back(call.params[i].const_data_ptr<scalar>());
   }
   Interruption interruption;
   const Kernels<scalar>& table = kernels<scalar>();
@@ -93,16 +91,19 @@ void generate(const GenerateSizes& sizes, const Tensor& tokens, const std::vecto
         .cell = sizes.cell,
         .W_ih = weights[0].data(),
         .W_hh = weights[1].data(),
-        .b_ih = has_biases ? weights[2].data() : nullptr,
-        .b_hh = has_biases ? weights[3].data() : nullptr,
-        .W_out = head_weight.const_data_ptr<scalar>(),
-        .b_out = head_bias.has_value() ? head_bias->const_data_ptr<scalar>() : nullptr,
-        .temperature = temperature,
-        .top_k = top_k,
-        .top_p = top_p,
-        .uniforms = uniforms.const_data_ptr<scalar>() + first,
-        .tokens = tokens.const_data_ptr<int64_t>() + first,
+        .b_ih = call.has_biases ? weights[2].data() : nullptr,
+        .b_hh = call.has_biases ? weights[3].data() : nullptr,
+        .W_out = call.head_weight.const_data_ptr<scalar>(),
+        .b_out = call.head_bias.has_value() ? call.head_bias->const_data_ptr<scalar>() : nullptr,
+        .temperature = call.temperature,
+        .top_k = call.top_k,
+        .top_p = call.top_p,
+        .uniforms = call.uniforms.const_data_ptr<scalar>() + first,
+        .tokens = call.tokens.const_data_ptr<int64_t>() + first,
         .state = state.mutable_data_ptr<scalar>() + first * sizes.H,
+        .cell_state = sizes_of(sizes.cell).has_state
+                          ? cell_state.mutable_data_ptr<scalar>() + first * sizes.H
+                          : nullptr,
         .drawn = drawn.mutable_data_ptr<int64_t>() + first,
         .stop = Interruption::asked,
         .stop_state = &interruption,
@@ -115,51 +116,56 @@ void generate(const GenerateSizes& sizes, const Tensor& tokens, const std::vecto
   };
   // Streams are independent, and draw the same whoever draws beside them. A thread is worth waking
   // for some tens of microseconds.
-  const int64_t products = sizes.N * sizes.H * ((2 * sizes.layers - 1) * sizes.H + sizes.V);
+  const int64_t recurrence = sizes_of(sizes.cell).gates * (2 * sizes.layers - 1) * sizes.H;
+  const int64_t products = sizes.N * sizes.H * (recurrence + sizes.V);
   const int64_t grain = std::max<int64_t>(4, (int64_t{1} << 21) / std::max<int64_t>(products, 1));
   at::parallel_for(0, sizes.S, grain, run);
   interruption.rethrow();
 }
 
-Pair generate_cpu(const Tensor& tokens_, const Optional& state_, at::TensorList params_,
-                  const Tensor& head_weight_, const Optional& head_bias_, const Tensor& uniforms_,
-                  std::string_view mode, bool has_biases, double temperature, int64_t top_k,
-                  double top_p) {
+Generated generate_cpu(const GenerateCall& given) {
   const at::NoGradGuard no_grad;  // what is drawn has no gradient
   const SurvivesFork guard;
-  const GenerateSizes sizes =
-      check_generate(tokens_, state_, params_, head_weight_, head_bias_, uniforms_, mode,
-                     has_biases, temperature, top_k, top_p);
-  const auto dtype = params_[0].scalar_type();
+  const GenerateSizes sizes = check_generate(given);
+  const auto dtype = given.params[0].scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble,
                               "generate: weights must be float32 or float64, got ", dtype);
-  const Tensor tokens = tokens_.contiguous(), head_weight = head_weight_.contiguous();
-  const Tensor uniforms = uniforms_.to(dtype).contiguous();
+  const Tensor tokens = given.tokens.contiguous(), head_weight = given.head_weight.contiguous();
+  const Tensor uniforms = given.uniforms.to(dtype).contiguous();
   const Optional head_bias =
-      head_bias_.has_value() ? Optional(head_bias_->contiguous()) : std::nullopt;
+      given.head_bias.has_value() ? Optional(given.head_bias->contiguous()) : std::nullopt;
   std::vector<Tensor> params;
-  for (const Tensor& param : params_) params.push_back(param.contiguous());
-  Tensor state = state_.has_value()
-                     ? state_->clone(at::MemoryFormat::Contiguous)
-                     : at::zeros({sizes.layers, sizes.S, sizes.H}, params[0].options());
+  for (const Tensor& param : given.params) params.push_back(param.contiguous());
+  const auto own = [&](const Optional& state) {
+    return state.has_value() ? state->clone(at::MemoryFormat::Contiguous)
+                             : at::zeros({sizes.layers, sizes.S, sizes.H}, params[0].options());
+  };
+  Tensor state = own(given.state);
+  Tensor cell_state =
+      sizes_of(sizes.cell).has_state ? own(given.cell_state) : at::empty({0}, params[0].options());
   Tensor drawn = at::empty({sizes.N, sizes.S}, tokens.options());
-  const auto call = dtype == at::kFloat ? generate<float> : generate<double>;
-  call(sizes, tokens, params, head_weight, head_bias, uniforms, has_biases, temperature, top_k,
-       top_p, drawn, state);
-  return {drawn, state};
+  const GenerateCall call{tokens,           given.state,       given.cell_state, params,
+                          head_weight,      head_bias,         uniforms,         given.mode,
+                          given.has_biases, given.temperature, given.top_k,      given.top_p};
+  const auto run = dtype == at::kFloat ? generate<float> : generate<double>;
+  run(sizes, call, drawn, state, cell_state);
+  return {drawn, state, cell_state};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(charrnn_fast, m) {
   m.def(
-      "generate(Tensor tokens, Tensor? state, Tensor[] params, Tensor head_weight, "
-      "Tensor? head_bias, Tensor uniforms, str mode, bool has_biases, float temperature=1.0, "
-      "int top_k=0, float top_p=1.0) -> (Tensor drawn, Tensor h_n)",
+      "generate(Tensor tokens, Tensor? state, Tensor? cell_state, Tensor[] params, "
+      "Tensor head_weight, Tensor? head_bias, Tensor uniforms, str mode, bool has_biases, "
+      "float temperature=1.0, int top_k=0, float top_p=1.0) "
+      "-> (Tensor drawn, Tensor state, Tensor cell_state)",
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) { m.impl("generate", TORCH_FN(generate_cpu)); }
+TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
+  m.impl("generate", TORCH_FN(generate_impl<generate_cpu>));
+}
 
 TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {
   m.impl("generate", torch::CppFunction::makeFallthrough());

@@ -7,13 +7,13 @@ namespace charrnn_fast {
 
 using at::Tensor;
 
-GenerateSizes check_generate(const Tensor& tokens, const Optional& state, at::TensorList params,
-                             const Tensor& head_weight, const Optional& head_bias,
-                             const Tensor& uniforms, std::string_view mode, bool has_biases,
-                             double temperature, int64_t top_k, double top_p) {
+GenerateSizes check_generate(const GenerateCall& call) {
+  const auto& [tokens, state, cell_state, params, head_weight, head_bias, uniforms, mode,
+               has_biases, temperature, top_k, top_p] = call;
   GenerateSizes sizes{};
   sizes.cell = parse_mode(mode);
-  const size_t per_layer = has_biases ? 4 : 2;
+  const CellSizes cell = sizes_of(sizes.cell);
+  const size_t per_layer = weights_per_direction(has_biases);
   TORCH_CHECK(!params.empty() && params.size() % per_layer == 0, "generate: params must hold ",
               per_layer, " tensors for each layer (has_biases=", has_biases ? "True" : "False",
               "), got ", params.size());
@@ -31,19 +31,22 @@ GenerateSizes check_generate(const Tensor& tokens, const Optional& state, at::Te
     TORCH_CHECK(tensor.sizes() == expected, "generate: Expected ", name, " of size ", expected,
                 ", got ", tensor.sizes());
   };
-  TORCH_CHECK(first.dim() == 2, "generate: weight_ih must have 2 dimensions, got ", first.dim());
-  sizes.H = first.size(0);
+  for (const size_t i : {0, 1}) {
+    TORCH_CHECK(params[i].dim() == 2, "generate: ", kWeightNames[i],
+                " must have 2 dimensions, got ", params[i].dim());
+  }
+  sizes.H = params[1].size(1);
   sizes.V = first.size(1);
-  TORCH_CHECK(sizes.H > 0 && sizes.V > 0, "generate: weight_ih must not be empty, got size ",
-              first.sizes());
+  TORCH_CHECK(sizes.H > 0 && sizes.V > 0, "generate: weights must not be empty, got sizes ",
+              first.sizes(), " and ", params[1].sizes());
+  const int64_t rows = cell.gates * sizes.H;
   for (size_t i = 0; i < params.size(); ++i) {
-    static constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
     const size_t kind = i % per_layer;
-    same(params[i], kNames[kind]);
+    same(params[i], kWeightNames[kind]);
     if (kind >= 2) {
-      shape(params[i], kNames[kind], {sizes.H});
+      shape(params[i], kWeightNames[kind], {rows});
     } else {
-      shape(params[i], kNames[kind], {sizes.H, i == 0 ? sizes.V : sizes.H});
+      shape(params[i], kWeightNames[kind], {rows, i == 0 ? sizes.V : sizes.H});
     }
   }
   same(head_weight, "head_weight");
@@ -67,6 +70,12 @@ GenerateSizes check_generate(const Tensor& tokens, const Optional& state, at::Te
   if (state.has_value()) {
     same(*state, "state");
     shape(*state, "state", {sizes.layers, sizes.S, sizes.H});
+  }
+  if (cell_state.has_value()) {
+    TORCH_CHECK_VALUE(cell.has_state, "generate: cell_state must be None: ", std::string(mode),
+                      " has none");
+    same(*cell_state, "cell_state");
+    shape(*cell_state, "cell_state", {sizes.layers, sizes.S, sizes.H});
   }
   TORCH_CHECK_VALUE(temperature >= 0 && temperature < std::numeric_limits<double>::infinity(),
                     "generate: temperature must be 0 or more, got ", temperature);

@@ -7,14 +7,18 @@
 namespace charrnn_fast {
 namespace {
 
-void check_weights(at::TensorList weights, bool has_biases, int64_t* D) {
-  const size_t per_direction = has_biases ? 4 : 2;
-  TORCH_CHECK(weights.size() == per_direction || weights.size() == 2 * per_direction,
-              "weights must hold ", per_direction, " tensors for one direction or ",
-              2 * per_direction, " for two (has_biases=", has_biases ? "True" : "False", "), got ",
+void check_weights(const Call& call, int64_t* D) {
+  const at::TensorList weights = call.weights;
+  const size_t each = weights_per_direction(call.has_biases);
+  TORCH_CHECK(weights.size() == each || weights.size() == 2 * each, "weights must hold ", each,
+              " tensors for one direction or ", 2 * each,
+              " for two (has_biases=", call.has_biases ? "True" : "False", "), got ",
               weights.size());
-  *D = static_cast<int64_t>(weights.size() / per_direction);
-  TORCH_CHECK(weights[0].dim() == 2, "weight_ih must have 2 dimensions, got ", weights[0].dim());
+  *D = directions_of(call);
+  for (const size_t i : {0, 1}) {
+    TORCH_CHECK(weights[i].dim() == 2, kWeightNames[i], " must have 2 dimensions, got ",
+                weights[i].dim());
+  }
 }
 
 void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef expected) {
@@ -58,14 +62,27 @@ void check_batch_sizes(const at::Tensor& batch_sizes, Layer* layer) {
 }
 
 void check_lengths(const at::Tensor& lengths, const Layer& layer) {
-  check_index_list(lengths, "lengths");
+  TORCH_CHECK(at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false) &&
+                  lengths.device().is_cpu() && lengths.dim() == 1,
+              "lengths must be a 1-D tensor of int64, or of other integers, on the CPU, got a ",
+              lengths.dim(), "-D ", lengths.scalar_type(), " tensor on ", lengths.device());
   check_shape(lengths, "lengths", {layer.B});
-  const at::Tensor values = lengths.contiguous();
+  const at::Tensor values = lengths.to(at::kLong).contiguous();
   const int64_t* length = values.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < layer.B; ++b) {
     TORCH_CHECK_VALUE(length[b] >= 1 && length[b] <= layer.T, "lengths must lie in [1, ", layer.T,
                       "], the steps of the input, got ", length[b], " for sequence ", b);
   }
+}
+
+void check_resets(const at::Tensor& resets, const Call& call, const Layer& layer) {
+  TORCH_CHECK_VALUE(!layer.packed,
+                    "resets cannot be given with packed input: pad it, and give lengths=");
+  TORCH_CHECK(resets.scalar_type() == at::kBool, "resets must be a bool tensor, got ",
+              resets.scalar_type());
+  TORCH_CHECK(resets.device() == call.input.device(), "RNN resets is on ", resets.device(),
+              " but input is on ", call.input.device());
+  check_shape(resets, "resets", {layer.T, layer.B});
 }
 
 }  // namespace
@@ -74,94 +91,118 @@ Cell parse_mode(std::string_view mode) {
   if (mode == "RNN_TANH") return Cell::kTanh;
   if (mode == "RNN_RELU") return Cell::kRelu;
   if (mode == "RNN_SIGMOID") return Cell::kSigmoid;
+  if (mode == "LSTM") return Cell::kLstm;
+  if (mode == "GRU") return Cell::kGru;
   TORCH_CHECK_VALUE(false, "Unrecognized RNN mode: ", std::string(mode));
 }
 
-Layer check_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                  const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                  bool has_biases) {
+void check_kind(const Call& call) {
+  const auto check = [](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized(), "RNN ", name,
+                " must be a dense tensor, neither sparse nor quantized");
+  };
+  check(call.input, "input");
+  if (call.hx.has_value()) check(*call.hx, "hx");
+  if (call.cx.has_value()) check(*call.cx, "cx");
+  if (call.resets.has_value()) check(*call.resets, "resets");
+  for (const at::Tensor& weight : call.weights) check(weight, "weight");
+  if (sizes_of(parse_mode(call.mode)).has_state) return;
+  TORCH_CHECK_VALUE(!call.cx.has_value(), "cx must be None: ", std::string(call.mode),
+                    " has no cell state");
+  TORCH_CHECK_VALUE(!call.cells, "cells must be False: ", std::string(call.mode),
+                    " has no cell states");
+}
+
+void check_needs(const Call& call, const c10::List<bool>& needs) {
+  const size_t expected = kFirstWeight + call.weights.size();
+  TORCH_CHECK(needs.size() == expected, "needs must have ", expected,
+              " entries, one for each of input, hx, cx and the weights, got ", needs.size());
+}
+
+Layer check_layer(const Call& call) {
   Layer layer{};
-  layer.cell = parse_mode(mode);
-  check_dense(input, hx, weights);
-  check_weights(weights, has_biases, &layer.D);
-  layer.H = weights[0].size(0);
-  layer.I = weights[0].size(1);
+  layer.cell = parse_mode(call.mode);
+  check_kind(call);
+  check_weights(call, &layer.D);
+  const at::Tensor &input = call.input, &weight = call.weights[0];
+  layer.H = call.weights[1].size(1);
+  layer.I = weight.size(1);
   layer.tokens = input.scalar_type() == at::kLong;
-  layer.packed = batch_sizes.has_value();
+  layer.packed = call.batch_sizes.has_value();
 
   const int64_t dims = (layer.packed ? 1 : 2) + (layer.tokens ? 0 : 1);
   TORCH_CHECK(input.dim() == dims, "input must have ", dims, " dimensions, got ", input.dim());
   if (layer.tokens) {
-    TORCH_CHECK(input.device() == weights[0].device(), "RNN input is on ", input.device(),
-                " but weight_ih is on ", weights[0].device());
+    TORCH_CHECK(input.device() == weight.device(), "RNN input is on ", input.device(),
+                " but weight_ih is on ", weight.device());
   } else {
-    check_same_kind(input, "input", weights[0]);
+    check_same_kind(input, "input", weight);
     TORCH_CHECK(input.size(-1) == layer.I, "input.size(-1) must be equal to input_size. Expected ",
                 layer.I, ", got ", input.size(-1));
   }
   if (layer.packed) {
-    TORCH_CHECK(!lengths.has_value(), "lengths cannot be given with packed input");
+    TORCH_CHECK(!call.lengths.has_value(), "lengths cannot be given with packed input");
     layer.N = input.size(0);
-    check_batch_sizes(*batch_sizes, &layer);
+    check_batch_sizes(*call.batch_sizes, &layer);
   } else {
     layer.T = input.size(0);
     layer.B = input.size(1);
     layer.N = layer.T * layer.B;
     TORCH_CHECK(layer.T > 0, "Expected sequence length to be larger than 0 in RNN");
-    if (lengths.has_value()) check_lengths(*lengths, layer);
+    if (call.lengths.has_value()) check_lengths(*call.lengths, layer);
   }
+  if (call.resets.has_value()) check_resets(*call.resets, call, layer);
 
-  const size_t per_direction = has_biases ? 4 : 2;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    static constexpr const char* kNames[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
-    const size_t kind = i % per_direction;
+  const int64_t rows = sizes_of(layer.cell).gates * layer.H;
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    const size_t kind = i % weights_per_direction(call.has_biases);
+    const char* name = kWeightNames[kind];
     if (kind == 0) {
-      check_shape(weights[i], kNames[kind], {layer.H, layer.I});
+      check_shape(call.weights[i], name, {rows, layer.I});
     } else if (kind == 1) {
-      check_shape(weights[i], kNames[kind], {layer.H, layer.H});
+      check_shape(call.weights[i], name, {rows, layer.H});
     } else {
-      check_shape(weights[i], kNames[kind], {layer.H});
+      check_shape(call.weights[i], name, {rows});
     }
-    if (i > 0) check_same_kind(weights[i], kNames[kind], weights[0]);
+    if (i > 0) check_same_kind(call.weights[i], name, weight);
   }
-  if (hx.has_value()) {
-    check_same_kind(*hx, "hx", weights[0]);
-    check_shape(*hx, "hidden", {layer.D, layer.B, layer.H});
+  if (call.hx.has_value()) {
+    check_same_kind(*call.hx, "hx", weight);
+    check_shape(*call.hx, "hidden", {layer.D, layer.B, layer.H});
+  }
+  if (call.cx.has_value()) {
+    check_same_kind(*call.cx, "cx", weight);
+    check_shape(*call.cx, "cell state", {layer.D, layer.B, layer.H});
   }
   return layer;
 }
 
-Layer check_layer_backward(const Optional& dy, const Optional& dh_n, const at::Tensor& input,
-                           const Optional& hx, at::TensorList weights, const at::Tensor& y,
-                           const Optional& batch_sizes, const Optional& lengths,
-                           std::string_view mode, bool has_biases, const c10::List<bool>& needs) {
-  const Layer layer = check_layer(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
+                           const at::Tensor& saved, const c10::List<bool>& needs) {
+  const Layer layer = check_layer(call);
+  const at::Tensor& weight = call.weights[0];
   const int64_t width = layer.D * layer.H;
   const std::vector<int64_t> y_shape = layer.packed ? std::vector<int64_t>{layer.N, width}
                                                     : std::vector<int64_t>{layer.T, layer.B, width};
-  check_same_kind(y, "y", weights[0]);
+  const std::vector<int64_t> state_shape = {layer.D, layer.B, layer.H};
+  check_same_kind(y, "y", weight);
   check_shape(y, "y", y_shape);
-  if (dy.has_value()) {
-    check_same_kind(*dy, "dy", weights[0]);
-    check_shape(*dy, "dy", y_shape);
-  }
-  if (dh_n.has_value()) {
-    check_same_kind(*dh_n, "dh_n", weights[0]);
-    check_shape(*dh_n, "dh_n", {layer.D, layer.B, layer.H});
-  }
-  TORCH_CHECK(needs.size() == weights.size() + 2, "needs must have ", weights.size() + 2,
-              " entries, one for each of input, hx and the weights, got ", needs.size());
-  return layer;
-}
-
-void check_dense(const at::Tensor& input, const Optional& hx, at::TensorList weights) {
-  const auto check = [](const at::Tensor& tensor, const char* name) {
-    TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized(), "RNN ", name,
-                " must be a dense tensor, neither sparse nor quantized");
+  const auto check = [&](const Optional& grad, const char* name, at::IntArrayRef shape) {
+    if (!grad.has_value()) return;
+    check_same_kind(*grad, name, weight);
+    check_shape(*grad, name, shape);
   };
-  check(input, "input");
-  if (hx.has_value()) check(*hx, "hx");
-  for (const at::Tensor& weight : weights) check(weight, "weight");
+  check(grads.dy, "dy", y_shape);
+  check(grads.dh_n, "dh_n", state_shape);
+  check(grads.dc_n, "dc_n", state_shape);
+  check(grads.dcells, "dcells", y_shape);
+  TORCH_CHECK_VALUE(
+      sizes_of(layer.cell).has_state || (!grads.dc_n.has_value() && !grads.dcells.has_value()),
+      "dc_n and dcells must be None: ", std::string(call.mode), " has no cell state");
+  TORCH_CHECK(saved.layout() == at::kStrided && saved.device() == weight.device(),
+              "saved must be what rnn_layer returned, or empty, got a tensor on ", saved.device());
+  check_needs(call, needs);
+  return layer;
 }
 
 void check_token_ids(const at::Tensor& ids, int64_t I) {
@@ -182,23 +223,29 @@ void check_token_ids(const at::Tensor& ids, int64_t I) {
                     place, ")");
 }
 
-const char* why_composite(const at::Tensor& input, const Optional& hx, at::TensorList weights) {
-  const at::Tensor& weight = weights[0];
+const char* why_composite(const Call& call) {
+  const at::Tensor& weight = call.weights[0];
   if (!weight.device().is_cpu()) return "the device is not the CPU";
   const auto dtype = weight.scalar_type();
   if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) {
     return "the dtype is none of float32, float64, bfloat16 and float16";
   }
-  if (weight.layout() != at::kStrided || input.layout() != at::kStrided) {
+  if (weight.layout() != at::kStrided || call.input.layout() != at::kStrided) {
     return "the layout is not strided";
   }
-  if (at::isTensorSubclassLike(input) || (hx.has_value() && at::isTensorSubclassLike(*hx)) ||
-      std::any_of(weights.begin(), weights.end(),
+  const auto foreign = [](const Optional& tensor) {
+    return tensor.has_value() && at::isTensorSubclassLike(*tensor);
+  };
+  if (at::isTensorSubclassLike(call.input) || foreign(call.hx) || foreign(call.cx) ||
+      foreign(call.resets) ||
+      std::any_of(call.weights.begin(), call.weights.end(),
                   [](const at::Tensor& w) { return at::isTensorSubclassLike(w); })) {
     return "a tensor is a subclass or is traced by a transform";
   }
   return nullptr;
 }
+
+int64_t saved_numbers(std::string_view mode) { return sizes_of(parse_mode(mode)).saved; }
 
 Counters& counters() {
   static Counters instance;

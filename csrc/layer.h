@@ -3,34 +3,16 @@
 // ran.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <atomic>
-#include <optional>
 #include <string>
-#include <string_view>
-#include <tuple>
 #include <vector>
 
+#include "call.h"
 #include "kernels/rnn.h"
 
 namespace charrnn_fast {
-
-using Optional = std::optional<at::Tensor>;
-using Pair = std::tuple<at::Tensor, at::Tensor>;
-
-// The ops, as their schemas in ops.cpp declare them. Everything is time-major.
-using LayerOp = Pair(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                     const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                     bool has_biases);
-using LayerBackwardOp = std::vector<at::Tensor>(const Optional& dy, const Optional& dh_n,
-                                                const at::Tensor& input, const Optional& hx,
-                                                at::TensorList weights, const at::Tensor& y,
-                                                const Optional& batch_sizes,
-                                                const Optional& lengths, std::string_view mode,
-                                                bool has_biases, c10::List<bool> needs);
 
 using LinearOp = at::Tensor(const at::Tensor& input, const at::Tensor& weight,
                             const at::Tensor& bias);
@@ -50,32 +32,34 @@ struct Layer {
   Cell cell;
 };
 
-// "RNN_TANH", "RNN_RELU" or "RNN_SIGMOID"; anything else is a ValueError.
+// "RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "LSTM" or "GRU"; anything else is a ValueError.
 Cell parse_mode(std::string_view mode);
 
 // Checks the arguments of rnn_layer against each other and returns the sizes. Throws what nn.RNN
-// throws: ValueError for dtypes, RuntimeError for shapes. Reads the values of batch_sizes and
-// lengths, not of input.
-Layer check_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                  const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                  bool has_biases);
+// throws: ValueError for dtypes and for what a cell does not have, RuntimeError for shapes. Reads
+// the values of batch_sizes and lengths, not of input.
+Layer check_layer(const Call& call);
 
-// The same for rnn_layer_backward, whose `needs` has one entry for each of [input, hx, *weights].
-Layer check_layer_backward(const Optional& dy, const Optional& dh_n, const at::Tensor& input,
-                           const Optional& hx, at::TensorList weights, const at::Tensor& y,
-                           const Optional& batch_sizes, const Optional& lengths,
-                           std::string_view mode, bool has_biases, const c10::List<bool>& needs);
+// The same for rnn_layer_backward, whose `needs` has one entry for each of [input, hx, cx,
+// *weights].
+Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
+                           const at::Tensor& saved, const c10::List<bool>& needs);
 
-// RuntimeError unless every tensor is strided and not quantized.
-void check_dense(const at::Tensor& input, const Optional& hx, at::TensorList weights);
+// What of it looks at metadata only, and holds for the composite formula, too: dense tensors, and
+// nothing that the cell does not have.
+void check_kind(const Call& call);
+void check_needs(const Call& call, const c10::List<bool>& needs);
 
 // IndexError naming the first id of a contiguous CPU tensor that is outside [0, I), and its place.
 void check_token_ids(const at::Tensor& ids, int64_t I);
 
-// The one rule that decides between kernel and composite: null when the CPU kernels serve these
-// tensors, else why they do not, as the end of a sentence ("the dtype is BFloat16"). Looks at
-// metadata only.
-const char* why_composite(const at::Tensor& input, const Optional& hx, at::TensorList weights);
+// The one rule that decides between kernel and composite: null when the CPU kernels serve this
+// call, else why they do not, as the end of a sentence ("the dtype is BFloat16"). Looks at metadata
+// only.
+const char* why_composite(const Call& call);
+
+// Numbers a hidden unit keeps for backward in each step, where the CPU kernels serve this mode.
+int64_t saved_numbers(std::string_view mode);
 
 // How the CPU kernels divide one layer among threads.
 struct Plan {
@@ -96,33 +80,28 @@ at::ScalarType computed_in(at::ScalarType dtype);
 
 // The same formulas in differentiable at:: ops, for every device, dtype and transform.
 namespace composite {
-Pair forward(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-             const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-             bool has_biases);
-std::vector<at::Tensor> backward(const Optional& dy, const Optional& dh_n, const at::Tensor& input,
-                                 const Optional& hx, at::TensorList weights, const at::Tensor& y,
-                                 const Optional& batch_sizes, const Optional& lengths,
-                                 std::string_view mode, bool has_biases,
-                                 const c10::List<bool>& needs);
+LayerResult forward(const Call& call);
+std::vector<at::Tensor> backward(const Grads& grads, const Call& call, const at::Tensor& y,
+                                 const at::Tensor& saved, const c10::List<bool>& needs);
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 std::vector<at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& input,
                                         const at::Tensor& weight);  // [dx, dW, db]
 }  // namespace composite
 
-// The stack of layers: the op `rnn`.
-Pair rnn(const at::Tensor& input, const Optional& hx, at::TensorList params,
-         const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-         bool has_biases, int64_t num_layers, double dropout, bool train, bool bidirectional);
+// The stack of layers: the op `rnn`. `call` has the weights of all of them, and the states side by
+// side.
+StackResult rnn(const Call& call, int64_t num_layers, double dropout, bool train,
+                bool bidirectional);
 
 // Whether the CPU kernel serves these arguments of the op `linear`; else at::linear does, or says
 // what is wrong with them.
 bool linear_is_served(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
 // The ops, called through the dispatcher.
-const c10::TypedOperatorHandle<LayerBackwardOp>& layer_backward_op();
-Pair call_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                bool has_biases);
+LayerResult call_layer(const Call& call);
+std::vector<at::Tensor> call_layer_backward(const Grads& grads, const Call& call,
+                                            const at::Tensor& y, const at::Tensor& saved,
+                                            const c10::List<bool>& needs);
 
 // How many layers ran by which path since the library was loaded. One layer with two directions
 // counts once.

@@ -82,12 +82,15 @@ std::vector<Tensor> linear_backward_cpu(const Tensor& dy, const Tensor& input,
   const int64_t V = weight.size(0), H = weight.size(1);
   const auto dtype = weight.scalar_type();
   const Tensor W_hh = empty({V, V}, dtype), b = empty({V}, dtype);
-  const Tensor delta = dy.reshape({1, -1, V});
-  auto grads = layer_backward_op().call(
-      delta, std::nullopt, input.reshape({1, -1, H}), std::nullopt, {weight, W_hh, b, b},
-      at::ones({V}, weight.options()).expand_as(delta), std::nullopt, std::nullopt, "RNN_RELU",
-      true, c10::List<bool>({true, false, true, false, true, false}));
-  return {grads[0].view(input.sizes()), grads[2], grads[4]};
+  const Optional delta = dy.reshape({1, -1, V});
+  const Tensor x = input.reshape({1, -1, H});
+  const std::vector<Tensor> weights = {weight, W_hh, b, b};
+  const Tensor y = at::ones({V}, weight.options()).expand_as(*delta);
+  const auto grads = call_layer_backward(
+      {delta, kNone, kNone, kNone},
+      {x, kNone, kNone, weights, kNone, kNone, kNone, "RNN_RELU", true}, y, empty({0}, dtype),
+      c10::List<bool>({true, false, false, true, false, true, false}));
+  return {grads[kInput].view(input.sizes()), grads[kFirstWeight], grads[kFirstWeight + 2]};
 }
 
 }  // namespace

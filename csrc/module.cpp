@@ -49,9 +49,11 @@ void use_isa(const std::string& name) {
 }
 
 // (threads, "batch" or "hidden", whether both directions run at once) of one layer of these sizes.
-py::tuple plan(int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t D, bool backward) {
+py::tuple plan(int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t D,
+               const std::string& mode, bool backward) {
   Layer layer{};
   layer.T = T, layer.B = B, layer.N = rows, layer.I = I, layer.H = H, layer.D = D;
+  layer.cell = parse_mode(mode);
   const Plan plan = backward ? plan_backward(layer) : plan_forward(layer);
   return py::make_tuple(plan.members * (plan.at_once ? 2 : 1),
                         plan.split == Split::kBatch ? "batch" : "hidden", plan.at_once);
@@ -96,10 +98,13 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cgroup_cpus", cgroup_cpus);
   m.def("computed_in", computed_in);
+  m.def("saved_numbers", saved_numbers);
   m.def("why_composite",
-        [](const at::Tensor& input, const std::optional<at::Tensor>& hx,
-           const std::vector<at::Tensor>& weights) -> std::optional<std::string> {
-          const char* why = why_composite(input, hx, weights);
+        [](const at::Tensor& input, const Optional& hx, const Optional& cx,
+           const std::vector<at::Tensor>& weights, const Optional& resets,
+           const std::string& mode) -> std::optional<std::string> {
+          const char* why = why_composite(
+              {input, hx, cx, weights, kNone, kNone, resets, mode, weights.size() % 4 == 0});
           return why == nullptr ? std::nullopt : std::optional<std::string>(why);
         });
 }

@@ -203,15 +203,15 @@ PyObject* forward_or_none(PyObject* dict, PyObject* input_, PyObject* hx_, PyObj
     return none();
   }
 
-  Pair result;
+  StackResult result;
   {
     pybind11::gil_scoped_release no_gil;
     if (is_batch_first) input = input->transpose(0, 1);
     // The kernels copy it in any case. A copy made here is what backward has; nn.RNN's has one,
     // too.
     input = input->contiguous();
-    result = rnn(*input, hx, weights, std::nullopt, lengths, mode, bias, num_layers, dropout,
-                 training, bidirectional);
+    result = rnn({*input, hx, kNone, weights, kNone, lengths, kNone, mode, bias}, num_layers,
+                 dropout, training, bidirectional);
     if (is_batch_first) std::get<0>(result) = batch_first(std::get<0>(result));
   }
   PyObject* output = THPVariable_Wrap(std::move(std::get<0>(result)));
@@ -365,7 +365,7 @@ PyObject* cell(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
       hx = hx->unsqueeze(0);
       if (!batched) hx = hx->unsqueeze(0);
     }
-    y = std::get<0>(call_layer(*input, hx, weights, std::nullopt, std::nullopt, mode, bias));
+    y = std::get<0>(call_layer({*input, hx, kNone, weights, kNone, kNone, kNone, mode, bias}));
     y = first_step(y);
     if (!batched) y = y.squeeze(0);
   }

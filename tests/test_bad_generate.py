@@ -17,6 +17,7 @@ def generate_arguments() -> dict[str, Any]:
     return {
         "tokens": torch.tensor([1, 2]),
         "state": torch.randn(2, 2, H),
+        "cell_state": None,
         "params": [torch.randn(*size) for size in sizes],
         "head_weight": torch.randn(V, H),
         "head_bias": torch.randn(V),
@@ -97,7 +98,7 @@ def test_generate_from_ruined_weights_stays_in_the_vocabulary(
         spoilt = arguments[name][1] if name == "params" else arguments[name]
         spoilt.view(-1)[::2] = value
         try:
-            drawn, _ = OPS.generate(**arguments, **options)
+            drawn, *_ = OPS.generate(**arguments, **options)
         except REFUSALS:
             continue
         assert ((drawn >= 0) & (drawn < V)).all()

@@ -53,7 +53,7 @@ def arguments(model, tokens, uniforms, state=None, options=HOW[0]):
     weights = [p.detach() for p in model.rnn.parameters()]
     head = [model.head.weight.detach(), model.head.bias.detach()]
     how = (options.temperature, options.top_k, options.top_p)
-    return (tokens, state, weights, *head, uniforms, model.rnn.mode, True, *how)
+    return (tokens, state, None, weights, *head, uniforms, model.rnn.mode, True, *how)
 
 
 def inputs(V, N, S):
@@ -63,7 +63,8 @@ def inputs(V, N, S):
 def loop(model, tokens, state, uniforms, options):
     """``step`` as its loop: it records gradients, which the op does not."""
     with torch.enable_grad():
-        drawn, state = step(model, tokens, state, uniforms, options)
+        begin = None if state is None else (state,)
+        drawn, (state,) = step(model, tokens, begin, uniforms, options)
     return drawn, state.detach()
 
 
@@ -82,7 +83,7 @@ def assert_same_as_the_loop(model, N, S, state):
         tokens, uniforms = inputs(model.rnn.input_size, N, S)
         args = arguments(model, tokens, uniforms, state, options)
         expected, expected_after = loop(model, tokens, state, uniforms, options)
-        for isa, (drawn, after) in on_each_isa(lambda args=args: ops.generate(*args)).items():
+        for isa, (drawn, after, _) in on_each_isa(lambda args=args: ops.generate(*args)).items():
             assert torch.equal(drawn, expected), (isa, options)
             torch.testing.assert_close(after, expected_after, rtol=1e-12, atol=1e-12)
 
@@ -108,7 +109,7 @@ def test_float32_differs_once_in_a_million(isa, options):
     """Scores differ by rounding, and a uniform number may fall between: about 1 draw in 10**6."""
     model = model_of(65, 64, dtype=torch.float32)
     tokens, uniforms = inputs(65, 500, 256)
-    drawn, _ = ops.generate(*arguments(model, tokens, uniforms, None, options))
+    drawn, *_ = ops.generate(*arguments(model, tokens, uniforms, None, options))
     assert differing(model, tokens, uniforms, drawn, options) <= 2  # of 128 000
 
 
@@ -118,7 +119,7 @@ def test_float32_state_has_the_bits_of_the_module(isa):
         model = model_of(65, 37, layers, dtype=torch.float32)
         tokens, uniforms = inputs(65, 40, S)
         state = torch.randn(layers, S, 37)
-        drawn, after = ops.generate(*arguments(model, tokens, uniforms, state))
+        drawn, after, _ = ops.generate(*arguments(model, tokens, uniforms, state))
         with torch.no_grad():
             _, expected = model.rnn(torch.cat([tokens[None], drawn[:-1]]), state)
         assert torch.equal(after, expected)
@@ -133,7 +134,8 @@ def rows_of(logits, uniforms, options):
     how = (options.temperature, options.top_k, options.top_p)
     uniforms = uniforms[:, None]
     tokens = torch.zeros(1, dtype=torch.int64)
-    return ops.generate(tokens, None, weights, *head, uniforms, "RNN_TANH", True, *how)[0][:, 0]
+    given = (tokens, None, None, weights, *head, uniforms, "RNN_TANH", True, *how)
+    return ops.generate(*given)[0][:, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -191,8 +193,8 @@ def test_streams_are_independent(isa):
         results.append(ops.generate(*arguments(model, tokens, uniforms)))
     for s in (0, 41, 99):
         one = slice(s, s + 1)
-        drawn, state = ops.generate(*arguments(model, tokens[one], uniforms[:, one]))
-        for all_drawn, all_states in results:
+        drawn, state, _ = ops.generate(*arguments(model, tokens[one], uniforms[:, one]))
+        for all_drawn, all_states, _ in results:
             assert torch.equal(drawn, all_drawn[:, one])
             assert torch.equal(state, all_states[:, one])
 
@@ -201,10 +203,10 @@ def test_calls_follow_one_another(isa):
     """The state and the last characters of one call go on in the next."""
     model = model_of(33, 20, 2, dtype=torch.float32)
     tokens, uniforms = inputs(33, 50, 3)
-    whole, last = ops.generate(*arguments(model, tokens, uniforms))
+    whole, last, _ = ops.generate(*arguments(model, tokens, uniforms))
     state, pieces = None, []
     for part in uniforms.split([1, 20, 0, 29]):
-        drawn, state = ops.generate(*arguments(model, tokens, part, state))
+        drawn, state, _ = ops.generate(*arguments(model, tokens, part, state))
         if len(part):
             tokens = drawn[-1]
         pieces.append(drawn)
@@ -219,7 +221,7 @@ def test_inputs_are_not_written(isa):
     state = torch.randn(1, 2, 5, dtype=torch.float64)
     args = arguments(model, tokens, uniforms, state)
     copies = [a.clone() for a in (tokens, state, uniforms)]
-    _, after = ops.generate(*args)
+    _, after, _ = ops.generate(*args)
     assert all(map(torch.equal, copies, (tokens, state, uniforms)))
     assert after.data_ptr() != state.data_ptr()
 
@@ -236,10 +238,11 @@ def test_non_contiguous_inputs(isa):
             tensor.repeat_interleave(3)[::3]
         )  # fmt: skip
 
-    _, _, weights, head, bias, _, *rest = arguments(model, tokens, uniforms, state)
+    _, _, _, weights, head, bias, _, *rest = arguments(model, tokens, uniforms, state)
     moved = state.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    args = (strided(tokens), moved, [strided(w) for w in weights], strided(head), strided(bias))
-    drawn, after = ops.generate(*args, strided(uniforms), *rest)
+    weights = [strided(weight) for weight in weights]
+    args = (strided(tokens), moved, None, weights, strided(head), strided(bias), strided(uniforms))
+    drawn, after, _ = ops.generate(*args, *rest)
     assert torch.equal(drawn, expected[0])
     assert torch.equal(after, expected[1])
     same = ops.generate(*arguments(model, tokens[:1].expand(4), uniforms[:, :1].expand(30, 4)))[0]
@@ -254,10 +257,10 @@ def test_without_biases(isa):
             if "bias" in name:
                 parameter.zero_()
     tokens, uniforms = inputs(17, 30, 4)
-    expected, _ = ops.generate(*arguments(model, tokens, uniforms))
+    expected, *_ = ops.generate(*arguments(model, tokens, uniforms))
     weights = [p.detach() for n, p in model.rnn.named_parameters() if "weight" in n]
     head = model.head.weight.detach()
-    drawn, _ = ops.generate(tokens, None, weights, head, None, uniforms, "RNN_TANH", False)
+    drawn, *_ = ops.generate(tokens, None, None, weights, head, None, uniforms, "RNN_TANH", False)
     assert torch.equal(drawn, expected)
 
 
@@ -266,16 +269,16 @@ def test_nothing_to_draw():
     model = model_of(9, 5)
     state = torch.randn(1, 2, 5, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.int64)
-    drawn, after = ops.generate(*arguments(model, tokens, torch.rand(0, 2), state))
+    drawn, after, _ = ops.generate(*arguments(model, tokens, torch.rand(0, 2), state))
     assert drawn.shape == (0, 2)
     assert torch.equal(after, state)
-    drawn, after = ops.generate(*arguments(model, tokens[:0], torch.rand(3, 0)))
+    drawn, after, _ = ops.generate(*arguments(model, tokens[:0], torch.rand(3, 0)))
     assert drawn.shape == (3, 0)
     assert after.shape == (1, 0, 5)
 
 
-ARGUMENTS = ["tokens", "state", "params", "head_weight", "head_bias", "uniforms", "mode"]
-ARGUMENTS += ["has_biases", "temperature", "top_k", "top_p"]
+ARGUMENTS = ["tokens", "state", "cell_state", "params", "head_weight", "head_bias", "uniforms"]
+ARGUMENTS += ["mode", "has_biases", "temperature", "top_k", "top_p"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ ARGUMENTS += ["has_biases", "temperature", "top_k", "top_p"]
         ),
         ({"state": torch.zeros(1, 2, 5).double()}, ValueError, r"state dtype \(Double\) does not"),
         ({"params": []}, RuntimeError, "params must hold 4 tensors for each layer"),
-        ({"params": [torch.zeros(5, 9)] * 4}, RuntimeError, r"weight_hh of size \[5, 5\]"),
+        ({"params": [torch.zeros(5, 9)] * 4}, RuntimeError, r"weight_ih of size \[9, 9\]"),
         (
             {"head_weight": torch.zeros(8, 5)},
             RuntimeError,
@@ -304,7 +307,9 @@ ARGUMENTS += ["has_biases", "temperature", "top_k", "top_p"]
         ({"uniforms": torch.tensor([[0.0, 0.5], [0.1, 1.0]])}, ValueError, r"got 1 at \[1, 1\]"),
         ({"uniforms": torch.tensor([[-0.5, 0.5]])}, ValueError, r"in \[0, 1\), got -0.5 at \[0, 0"),
         ({"uniforms": torch.tensor([[0.5, torch.nan]])}, ValueError, r"got nan at \[0, 1\]"),
-        ({"mode": "LSTM"}, ValueError, "Unrecognized RNN mode: LSTM"),
+        ({"mode": "lstm"}, ValueError, "Unrecognized RNN mode: lstm"),
+        ({"mode": "LSTM"}, RuntimeError, r"weight_ih of size \[20, 9\], got \[5, 9\]"),
+        ({"cell_state": torch.zeros(1, 2, 5)}, ValueError, "cell_state must be None: RNN_TANH"),
         ({"temperature": -1.0}, ValueError, "temperature must be 0 or more, got -1"),
         ({"temperature": float("inf")}, ValueError, "temperature must be 0 or more, got inf"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
@@ -324,7 +329,8 @@ def test_errors_name_the_argument(wrong, error, message):
 def test_dtypes_without_a_kernel():
     """They are refused with a word, and `generates` knows them."""
     model = model_of(9, 5, dtype=torch.bfloat16)
-    assert not ops.generates(model.head.weight)
+    assert not ops.generates(model.head.weight, "RNN_TANH")
+    assert ops.generates(model.head.weight.float(), "LSTM")
     with pytest.raises(NotImplementedError, match="must be float32 or float64, got BFloat16"):
         ops.generate(*arguments(model, *inputs(9, 4, 2)))
 
@@ -345,8 +351,8 @@ def test_no_gradient_flows():
     model = model_of(9, 5)
     tokens, uniforms = inputs(9, 4, 2)
     args = list(arguments(model, tokens, uniforms))
-    args[2] = list(model.rnn.parameters())
-    drawn, state = ops.generate(*args)
+    args[3] = list(model.rnn.parameters())
+    drawn, state, _ = ops.generate(*args)
     assert not drawn.requires_grad
     assert not state.requires_grad
 

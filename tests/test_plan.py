@@ -50,7 +50,7 @@ def test_two_threads_divide_elman_layers_as_they_were_measured():
             for H, letter in zip(sizes, word, strict=True):
                 for threads, want in ((1, "1"), (2, letter)):
                     torch.set_num_threads(threads)
-                    used, split, at_once = _C.plan(T, B, rows, I, H, D, backward)
+                    used, split, at_once = _C.plan(T, B, rows, I, H, D, "RNN_TANH", backward)
                     found = "1" if used == 1 else "d" if at_once else split[0]
                     assert found == want, (threads, T, B, rows, I, H, D, direction)
 
@@ -158,7 +158,7 @@ def test_set_num_threads():
         torch.set_num_threads(threads)
         assert _C.machine()[0] == threads or threads == (os.cpu_count() or 1)
         for B, H in ((1, 2048), (500, 64)):
-            assert _C.plan(100, B, 100 * B, 64, H, 2, True)[0] <= threads
+            assert _C.plan(100, B, 100 * B, 64, H, 2, "RNN_TANH", True)[0] <= threads
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity masks: Linux")

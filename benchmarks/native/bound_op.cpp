@@ -11,6 +11,7 @@
 
 namespace {
 
+using charrnn_fast::kNone;
 using charrnn_fast::Optional;
 
 template <typename Op>
@@ -21,7 +22,7 @@ c10::TypedOperatorHandle<Op> find(const char* name) {
 // One layer with biases and tanh, from a state of zeros.
 class BoundOp {
  public:
-  // Without dy it is forward alone. `needs` has an entry for each of [x, h0, *weights].
+  // Without dy it is forward alone. `needs` has an entry for each of [x, h0, c0, *weights].
   BoundOp(at::Tensor x, std::vector<at::Tensor> weights, Optional dy,
           const std::vector<bool>& needs)
       : x_(std::move(x)), weights_(std::move(weights)), dy_(std::move(dy)) {
@@ -31,12 +32,15 @@ class BoundOp {
   void run() {
     // What the call before returned is dropped first, as by a caller that keeps nothing.
     results_.clear();
-    results_.push_back(std::get<0>(
-        forward_.call(x_, std::nullopt, weights_, std::nullopt, std::nullopt, "RNN_TANH", true)));
-    if (!dy_.has_value()) return;
+    const bool keep = dy_.has_value();
+    auto [y, h_n, c_n, cells, saved] =
+        forward_.call(x_, kNone, kNone, weights_, kNone, kNone, kNone, "RNN_TANH", true, false,
+                      keep);
+    results_.push_back(std::move(y));
+    if (!keep) return;
     const std::vector<at::Tensor> gradients =
-        backward_.call(dy_, std::nullopt, x_, std::nullopt, weights_, results_[0], std::nullopt,
-                       std::nullopt, "RNN_TANH", true, needs_);
+        backward_.call(dy_, kNone, kNone, kNone, x_, kNone, kNone, weights_, results_[0], saved,
+                       kNone, kNone, kNone, "RNN_TANH", true, needs_);
     for (size_t i = 0; i < gradients.size(); ++i) {
       if (needs_[i]) results_.push_back(gradients[i]);
     }

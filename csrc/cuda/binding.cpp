@@ -28,39 +28,29 @@ void* current_stream(const at::Device& device) {
 
 namespace {
 
-Pair guarded_layer(const at::Tensor& input, const Optional& hx, at::TensorList weights,
-                   const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-                   bool has_biases) {
-  const c10::DeviceGuard guard(input.device());
-  return layer(input, hx, weights, batch_sizes, lengths, mode, has_biases);
+LayerResult guarded_layer(const Call& call) {
+  const c10::DeviceGuard guard(call.input.device());
+  return layer(call);
 }
 
-std::vector<at::Tensor> guarded_layer_backward(const Optional& dy, const Optional& dh_n,
-                                               const at::Tensor& input, const Optional& hx,
-                                               at::TensorList weights, const at::Tensor& y,
-                                               const Optional& batch_sizes, const Optional& lengths,
-                                               std::string_view mode, bool has_biases,
-                                               c10::List<bool> needs) {
-  const c10::DeviceGuard guard(input.device());
-  return layer_backward(dy, dh_n, input, hx, weights, y, batch_sizes, lengths, mode, has_biases,
-                        needs);
+std::vector<at::Tensor> guarded_layer_backward(const Grads& grads, const Call& call,
+                                               const at::Tensor& y, const at::Tensor& saved,
+                                               const c10::List<bool>& needs) {
+  const c10::DeviceGuard guard(call.input.device());
+  return layer_backward(grads, call, y, saved, needs);
 }
 
-Pair guarded_generate(const at::Tensor& tokens, const Optional& state, at::TensorList params,
-                      const at::Tensor& head_weight, const Optional& head_bias,
-                      const at::Tensor& uniforms, std::string_view mode, bool has_biases,
-                      double temperature, int64_t top_k, double top_p) {
-  const c10::DeviceGuard guard(head_weight.device());
-  return generate(tokens, state, params, head_weight, head_bias, uniforms, mode, has_biases,
-                  temperature, top_k, top_p);
+Generated guarded_generate(const GenerateCall& call) {
+  const c10::DeviceGuard guard(call.head_weight.device());
+  return generate(call);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CUDA, m) {
-  m.impl("rnn_layer", TORCH_FN(guarded_layer));
-  m.impl("rnn_layer_backward", TORCH_FN(guarded_layer_backward));
-  m.impl("generate", TORCH_FN(guarded_generate));
+  m.impl("rnn_layer", TORCH_FN(LayerImpl<guarded_layer>::call));
+  m.impl("rnn_layer_backward", TORCH_FN(LayerBackwardImpl<guarded_layer_backward>::call));
+  m.impl("generate", TORCH_FN(generate_impl<guarded_generate>));
 }
 
 }  // namespace charrnn_fast::cuda

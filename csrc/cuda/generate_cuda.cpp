@@ -10,25 +10,25 @@ namespace charrnn_fast::cuda {
 
 using at::Tensor;
 
-Pair generate(const Tensor& tokens_, const Optional& state_, at::TensorList params,
-              const Tensor& head_weight_, const Optional& head_bias_, const Tensor& uniforms_,
-              std::string_view mode, bool has_biases, double temperature, int64_t top_k,
-              double top_p) {
+Generated generate(const GenerateCall& call) {
   const at::NoGradGuard no_grad;  // what is drawn has no gradient
-  const GenerateSizes sizes =
-      check_generate(tokens_, state_, params, head_weight_, head_bias_, uniforms_, mode, has_biases,
-                     temperature, top_k, top_p);
+  const GenerateSizes sizes = check_generate(call);
+  TORCH_CHECK_NOT_IMPLEMENTED(sizes_of(sizes.cell).gates == 1,
+                              "generate: on CUDA there is no kernel for ", std::string(call.mode));
+  const at::TensorList params = call.params;
+  const bool has_biases = call.has_biases;
   const auto dtype = params[0].scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat,
                               "generate: weights on CUDA must be float32, got ", dtype);
-  Tensor state = state_.has_value()
-                     ? state_->clone(at::MemoryFormat::Contiguous)
+  Tensor state = call.state.has_value()
+                     ? call.state->clone(at::MemoryFormat::Contiguous)
                      : at::zeros({sizes.layers, sizes.S, sizes.H}, params[0].options());
-  Tensor drawn = at::empty({sizes.N, sizes.S}, tokens_.options());
-  if (sizes.N == 0 || sizes.S == 0) return {drawn, state};
+  Tensor drawn = at::empty({sizes.N, sizes.S}, call.tokens.options());
+  const Tensor none = at::empty({0}, params[0].options());
+  if (sizes.N == 0 || sizes.S == 0) return {drawn, state, none};
 
   // Weights of one kind side by side, so that any number of layers goes into the same few pointers.
-  const size_t kinds = has_biases ? 4 : 2;
+  const size_t kinds = weights_per_direction(has_biases);
   const auto all = [&](size_t kind, int64_t first_layer) {
     std::vector<Tensor> tensors;
     for (size_t i = first_layer * kinds + kind; i < params.size(); i += kinds) {
@@ -43,9 +43,9 @@ Pair generate(const Tensor& tokens_, const Optional& state_, at::TensorList para
     if (sizes.layers > 1) bias = all(2, 1) + all(3, 1);
   }
   table = table.contiguous();
-  const Tensor tokens = tokens_.contiguous(), uniforms = uniforms_.contiguous();
-  const Tensor head_weight = head_weight_.contiguous();
-  const Tensor head_bias = head_bias_.has_value() ? head_bias_->contiguous() : Tensor();
+  const Tensor tokens = call.tokens.contiguous(), uniforms = call.uniforms.contiguous();
+  const Tensor head_weight = call.head_weight.contiguous();
+  const Tensor head_bias = call.head_bias.has_value() ? call.head_bias->contiguous() : Tensor();
   Tensor workspace =
       at::empty({sizes.S, 2 * sizes.layers * sizes.H + 2 * sizes.V}, params[0].options());
 
@@ -65,9 +65,9 @@ Pair generate(const Tensor& tokens_, const Optional& state_, at::TensorList para
       .W_hh = data(W_hh),
       .W_out = data(head_weight),
       .b_out = data(head_bias),
-      .temperature = static_cast<float>(temperature),
-      .top_k = top_k,
-      .top_p = static_cast<float>(top_p),
+      .temperature = static_cast<float>(call.temperature),
+      .top_k = call.top_k,
+      .top_p = static_cast<float>(call.top_p),
       .uniforms = data(uniforms),
       .tokens = tokens.const_data_ptr<int64_t>(),
       .state = state.mutable_data_ptr<float>(),
@@ -76,7 +76,7 @@ Pair generate(const Tensor& tokens_, const Optional& state_, at::TensorList para
   };
   const char* error = charrnn_fast_cuda_generate(&args, current_stream(drawn.device()));
   TORCH_CHECK(error == nullptr, "charrnn_fast CUDA kernel: ", error);
-  return {drawn, state};
+  return {drawn, state, none};
 }
 
 }  // namespace charrnn_fast::cuda

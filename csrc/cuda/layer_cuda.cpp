@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "../operands.h"
+
 namespace charrnn_fast::cuda {
 namespace {
 
@@ -67,24 +69,19 @@ Tensor columns(const Tensor& tensor, const Layer& layer, int64_t d) {
   return tensor.view({layer.N, layer.D * layer.H}).narrow(1, d * layer.H, layer.H);
 }
 
-Optional contiguous(const Optional& tensor) {
-  return tensor.has_value() && tensor->defined() ? Optional(tensor->contiguous()) : std::nullopt;
-}
-
 const void* data_or_null(const Optional& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
 // y = x W_ih' + b_ih + b_hh for all rows.
-void project(const Layer& layer, const Tensor& input, at::TensorList weights, bool has_biases,
-             Tensor& y) {
-  const size_t per_direction = has_biases ? 4 : 2;
+void project(const Layer& layer, const Call& call, Tensor& y) {
+  const Tensor& input = call.input;
   for (int64_t d = 0; d < layer.D; ++d) {
-    const Tensor* w = &weights[d * per_direction];
+    const Weights w = weights_of(call, d);
     Tensor out = columns(y, layer, d);
     if (layer.tokens) {
-      Tensor table = w[0].t();
-      if (has_biases) table = table + (w[2] + w[3]);
+      Tensor table = w.W_ih.t();
+      if (call.has_biases) table = table + (w.b_ih + w.b_hh);
       table = table.contiguous();
       const GatherArgs args{layer.N,
                             layer.I,
@@ -95,16 +92,16 @@ void project(const Layer& layer, const Tensor& input, at::TensorList weights, bo
                             out.mutable_data_ptr(),
                             out.stride(0)};
       check(charrnn_fast_cuda_gather(&args, current_stream(y.device())));
-    } else if (has_biases) {
-      at::addmm_out(out, w[2] + w[3], input.view({layer.N, layer.I}), w[0].t());
+    } else if (call.has_biases) {
+      at::addmm_out(out, w.b_ih + w.b_hh, input.view({layer.N, layer.I}), w.W_ih.t());
     } else {
-      at::mm_out(out, input.view({layer.N, layer.I}), w[0].t());
+      at::mm_out(out, input.view({layer.N, layer.I}), w.W_ih.t());
     }
   }
 }
 
-RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, at::TensorList weights,
-                               bool has_biases, const Tensor& y) {
+RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, const Call& call,
+                               const Tensor& y) {
   RecurrenceArgs args{};
   args.T = layer.T;
   args.B = layer.B;
@@ -116,7 +113,7 @@ RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, at::TensorL
       rows.device_step_row.defined() ? rows.device_step_row.const_data_ptr<int64_t>() : nullptr;
   args.lengths = rows.lengths_or_null();
   for (int64_t d = 0; d < layer.D; ++d) {
-    args.W_hh[d] = weights[d * (has_biases ? 4 : 2) + 1].const_data_ptr();
+    args.W_hh[d] = weights_of(call, d).W_hh.const_data_ptr();
   }
   return args;
 }
@@ -140,15 +137,15 @@ StepArgs step_args(const Layer& layer, const Rows& rows, const Tensor& y) {
 }
 
 // kStep: y holds the projection, and h_n the state, which begins as h0.
-void forward_steps(const Layer& layer, const Rows& rows, at::TensorList weights, bool has_biases,
-                   const Optional& hx, Tensor& y, Tensor& h_n) {
+void forward_steps(const Layer& layer, const Rows& rows, const Call& call, Tensor& y, Tensor& h_n) {
+  const Optional& hx = call.hx;
   if (hx.has_value()) {
     h_n.copy_(*hx);
   } else {
     h_n.zero_();
   }
   for (int64_t d = 0; d < layer.D; ++d) {
-    const Tensor W = weights[d * (has_biases ? 4 : 2) + 1].t();
+    const Tensor W = weights_of(call, d).W_hh.t();
     Tensor all = columns(y, layer, d), state = h_n.select(0, d);
     StepArgs args = step_args(layer, rows, y);
     args.state = state.mutable_data_ptr();
@@ -163,13 +160,13 @@ void forward_steps(const Layer& layer, const Rows& rows, at::TensorList weights,
   }
 }
 
-void backward_steps(const Layer& layer, const Rows& rows, at::TensorList weights, bool has_biases,
-                    const Optional& dy, const Optional& dh_n, const Tensor& y, Tensor& delta,
-                    Tensor& dh0) {
+void backward_steps(const Layer& layer, const Rows& rows, const Grads& grads, const Call& call,
+                    const Tensor& y, Tensor& delta, Tensor& dh0) {
+  const Optional &dy = grads.dy, &dh_n = grads.dh_n;
   const Tensor flat_y = y.view({layer.N, layer.D * layer.H});
   Tensor product = at::empty({layer.B, layer.H}, y.options()), compact = at::empty_like(product);
   for (int64_t d = 0; d < layer.D; ++d) {
-    const Tensor& W = weights[d * (has_biases ? 4 : 2) + 1];
+    const Tensor& W = weights_of(call, d).W_hh;
     StepArgs args = step_args(layer, rows, y);
     args.product = product.const_data_ptr();
     args.delta_rows = compact.mutable_data_ptr();
@@ -251,74 +248,70 @@ Tensor recurrent_gradient(const Layer& layer, const Rows& rows, int64_t d, const
 
 }  // namespace
 
-const char* why_composite(const Tensor& input, const Optional& hx, at::TensorList weights) {
-  const auto dtype = weights[0].scalar_type();
+const char* why_composite(const Call& call) {
+  if (sizes_of(parse_mode(call.mode)).gates > 1) return "this cell has no kernel on CUDA";
+  if (call.resets.has_value()) return "resets have no kernel on CUDA";
+  const auto dtype = call.weights[0].scalar_type();
   if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) {
     return "the dtype is none of float32, float16, bfloat16";
   }
-  if (weights[0].layout() != at::kStrided || input.layout() != at::kStrided) {
+  if (call.weights[0].layout() != at::kStrided || call.input.layout() != at::kStrided) {
     return "the layout is not strided";
   }
-  if (at::isTensorSubclassLike(input) || (hx.has_value() && at::isTensorSubclassLike(*hx)) ||
-      std::any_of(weights.begin(), weights.end(),
+  if (at::isTensorSubclassLike(call.input) ||
+      (call.hx.has_value() && at::isTensorSubclassLike(*call.hx)) ||
+      std::any_of(call.weights.begin(), call.weights.end(),
                   [](const Tensor& weight) { return at::isTensorSubclassLike(weight); })) {
     return "a tensor is a subclass or is traced by a transform";
   }
   return nullptr;
 }
 
-Pair layer(const Tensor& input_, const Optional& hx_, at::TensorList weights_,
-           const Optional& batch_sizes, const Optional& lengths, std::string_view mode,
-           bool has_biases) {
-  const Layer layer = check_layer(input_, hx_, weights_, batch_sizes, lengths, mode, has_biases);
-  if (why_composite(input_, hx_, weights_) != nullptr) {
-    return composite::forward(input_, hx_, weights_, batch_sizes, lengths, mode, has_biases);
-  }
-  const Tensor input = input_.contiguous();
-  const Optional hx = contiguous(hx_);
-  std::vector<Tensor> weights;
-  for (const Tensor& weight : weights_) weights.push_back(weight.contiguous());
+LayerResult layer(const Call& given) {
+  const Layer layer = check_layer(given);
+  if (why_composite(given) != nullptr) return composite::forward(given);
+  const Operands operands(given, given.weights[0].scalar_type());
+  const Call& call = operands.call;
 
-  const at::TensorOptions options = weights[0].options();
+  const at::TensorOptions options = call.weights[0].options();
   Tensor y = layer.packed ? at::empty({layer.N, layer.D * layer.H}, options)
                           : at::empty({layer.T, layer.B, layer.D * layer.H}, options);
   Tensor h_n = at::empty({layer.D, layer.B, layer.H}, options);
-  if (layer.N == 0 || layer.H == 0) return {y, h_n};
+  const LayerResult result{y, h_n, at::empty({0}, options), at::empty({0}, options),
+                           at::empty({0}, options)};
+  if (layer.N == 0 || layer.H == 0) return result;
 
   const Plan plan = plan_layer(layer, dtype_of(y), y.device());
-  const Rows rows(layer, batch_sizes, lengths, y.device());
-  project(layer, input, weights, has_biases, y);
+  const Rows rows(layer, call.batch_sizes, call.lengths, y.device());
+  project(layer, call, y);
   if (plan.design == Design::kStep) {
-    forward_steps(layer, rows, weights, has_biases, hx, y, h_n);
+    forward_steps(layer, rows, call, y, h_n);
   } else {
     const Tensor space = workspace(plan, layer, y);
-    RecurrenceArgs args = recurrence_args(layer, rows, weights, has_biases, y);
+    RecurrenceArgs args = recurrence_args(layer, rows, call, y);
     args.in = y.const_data_ptr();
     args.out = y.mutable_data_ptr();
-    args.initial = data_or_null(hx);
+    args.initial = data_or_null(call.hx);
     args.final = h_n.mutable_data_ptr();
     args.workspace = space.mutable_data_ptr();
     check(charrnn_fast_cuda_forward(&plan, &args, current_stream(y.device())));
   }
   count(counters().forward_fused);
-  return {y, h_n};
+  return result;
 }
 
-std::vector<Tensor> layer_backward(const Optional& dy_, const Optional& dh_n_, const Tensor& input_,
-                                   const Optional& hx_, at::TensorList weights_, const Tensor& y_,
-                                   const Optional& batch_sizes, const Optional& lengths,
-                                   std::string_view mode, bool has_biases, c10::List<bool> needs) {
-  const Layer layer = check_layer_backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes,
-                                           lengths, mode, has_biases, needs);
-  if (why_composite(input_, hx_, weights_) != nullptr) {
-    return composite::backward(dy_, dh_n_, input_, hx_, weights_, y_, batch_sizes, lengths, mode,
-                               has_biases, needs);
+std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
+                                   const Tensor& given_y, const Tensor& saved,
+                                   const c10::List<bool>& needs) {
+  const Layer layer = check_layer_backward(given_grads, given, given_y, saved, needs);
+  if (why_composite(given) != nullptr) {
+    return composite::backward(given_grads, given, given_y, saved, needs);
   }
-  const Tensor input = input_.contiguous(), y = y_.contiguous();
-  const Optional hx = contiguous(hx_), dy = contiguous(dy_), dh_n = contiguous(dh_n_);
-  std::vector<Tensor> weights;
-  for (const Tensor& weight : weights_) weights.push_back(weight.contiguous());
-  const size_t per_direction = has_biases ? 4 : 2;
+  const Operands operands(given, given.weights[0].scalar_type());
+  const Call& call = operands.call;
+  const Tensor y = given_y.contiguous();
+  const Optional dy = plain(given_grads.dy, y.scalar_type()),
+                 dh_n = plain(given_grads.dh_n, y.scalar_type());
 
   std::vector<Tensor> grads(needs.size());
   const bool nothing = layer.N == 0 || layer.H == 0;
@@ -326,24 +319,24 @@ std::vector<Tensor> layer_backward(const Optional& dy_, const Optional& dh_n_, c
     for (size_t i = 0; i < grads.size(); ++i) {
       if (grads[i].defined()) continue;
       grads[i] = at::empty({0}, y.options());
-      if (!nothing || !needs[i]) continue;
-      grads[i] = i == 0   ? at::zeros(input.sizes(), y.options())
-                 : i == 1 ? at::zeros({layer.D, layer.B, layer.H}, y.options())
-                          : at::zeros_like(weights[i - 2]);
+      if (!nothing || !needs[i] || i == kCx) continue;
+      grads[i] = i == kInput ? at::zeros(call.input.sizes(), y.options())
+                 : i == kHx  ? at::zeros({layer.D, layer.B, layer.H}, y.options())
+                             : at::zeros_like(call.weights[i - kFirstWeight]);
     }
     return grads;
   };
   if (nothing) return finish();
 
   const Plan plan = plan_layer(layer, dtype_of(y), y.device());
-  const Rows rows(layer, batch_sizes, lengths, y.device());
+  const Rows rows(layer, call.batch_sizes, call.lengths, y.device());
   Tensor delta = at::empty({layer.N, layer.D * layer.H}, y.options());
-  Tensor dh0 = needs[1] ? at::empty({layer.D, layer.B, layer.H}, y.options()) : Tensor();
+  Tensor dh0 = needs[kHx] ? at::empty({layer.D, layer.B, layer.H}, y.options()) : Tensor();
   if (plan.design == Design::kStep) {
-    backward_steps(layer, rows, weights, has_biases, dy, dh_n, y, delta, dh0);
+    backward_steps(layer, rows, {dy, dh_n, kNone, kNone}, call, y, delta, dh0);
   } else {
     const Tensor space = workspace(plan, layer, y);
-    RecurrenceArgs args = recurrence_args(layer, rows, weights, has_biases, y);
+    RecurrenceArgs args = recurrence_args(layer, rows, call, y);
     args.in = data_or_null(dy);
     args.y = y.const_data_ptr();
     args.out = delta.mutable_data_ptr();
@@ -352,34 +345,34 @@ std::vector<Tensor> layer_backward(const Optional& dy_, const Optional& dh_n_, c
     args.workspace = space.mutable_data_ptr();
     check(charrnn_fast_cuda_backward(&plan, &args, current_stream(y.device())));
   }
-  grads[1] = dh0;
+  grads[kHx] = dh0;
 
   for (int64_t d = 0; d < layer.D; ++d) {
     const Tensor delta_d = columns(delta, layer, d);
-    const size_t first = 2 + d * per_direction;
-    const Tensor& W_ih = weights[d * per_direction];
-    if (needs[0] && !layer.tokens) {
+    const size_t first = first_weight(call.has_biases, d);
+    const Tensor& W_ih = weights_of(call, d).W_ih;
+    if (needs[kInput] && !layer.tokens) {
       if (d == 0) {
-        grads[0] = at::mm(delta_d, W_ih);
+        grads[kInput] = at::mm(delta_d, W_ih);
       } else {
-        grads[0].addmm_(delta_d, W_ih);
+        grads[kInput].addmm_(delta_d, W_ih);
       }
     }
     if (needs[first]) {
-      grads[first] = layer.tokens ? token_gradient(layer, input, delta_d)
-                                  : at::mm(delta_d.t(), input.view({layer.N, layer.I}));
+      grads[first] = layer.tokens ? token_gradient(layer, call.input, delta_d)
+                                  : at::mm(delta_d.t(), call.input.view({layer.N, layer.I}));
     }
     if (needs[first + 1]) {
-      grads[first + 1] = recurrent_gradient(layer, rows, d, delta_d, columns(y, layer, d), hx);
+      grads[first + 1] = recurrent_gradient(layer, rows, d, delta_d, columns(y, layer, d), call.hx);
     }
-    if (has_biases && (needs[first + 2] || needs[first + 3])) {
+    if (call.has_biases && (needs[first + 2] || needs[first + 3])) {
       const Tensor db = delta_d.sum(0);
       if (needs[first + 2]) grads[first + 2] = db;
       // A tensor of its own: a later in-place change of one gradient must not reach the other.
       if (needs[first + 3]) grads[first + 3] = needs[first + 2] ? db.clone() : db;
     }
   }
-  if (grads[0].defined()) grads[0] = grads[0].view(input.sizes());
+  if (grads[kInput].defined()) grads[kInput] = grads[kInput].view(call.input.sizes());
   count(counters().backward_fused);
   return finish();
 }

@@ -1,6 +1,8 @@
 // The ops on CUDA tensors, and what they need of a device.
 #pragma once
 
+#include <vector>
+
 #include "generate.h"
 #include "layer.h"
 #include "rnn_cuda.h"
@@ -12,11 +14,12 @@ Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device);
 // The stream that torch runs this device's work on now.
 void* current_stream(const at::Device& device);
 
-// Null when the kernels serve these tensors, else why they do not.
-const char* why_composite(const at::Tensor& input, const Optional& hx, at::TensorList weights);
+// Null when the kernels serve this call, else why they do not.
+const char* why_composite(const Call& call);
 
-LayerOp layer;
-LayerBackwardOp layer_backward;
-GenerateOp generate;
+LayerResult layer(const Call& call);
+std::vector<at::Tensor> layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
+                                       const at::Tensor& saved, const c10::List<bool>& needs);
+Generated generate(const GenerateCall& call);
 
 }  // namespace charrnn_fast::cuda

@@ -29,21 +29,17 @@ void* current_stream(const at::Device&) { return nullptr; }
 
 namespace {
 int64_t generations = 0;
-Pair counted_generate(const at::Tensor& tokens, const Optional& state, at::TensorList params,
-                      const at::Tensor& head_weight, const Optional& head_bias,
-                      const at::Tensor& uniforms, std::string_view mode, bool has_biases,
-                      double temperature, int64_t top_k, double top_p) {
-  const Pair drawn = generate(tokens, state, params, head_weight, head_bias, uniforms, mode,
-                              has_biases, temperature, top_k, top_p);
+Generated counted_generate(const GenerateCall& call) {
+  const Generated drawn = generate(call);
   ++generations;
   return drawn;
 }
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charrnn_fast, CPU, m) {
-  m.impl("rnn_layer", TORCH_FN(layer));
-  m.impl("rnn_layer_backward", TORCH_FN(layer_backward));
-  m.impl("generate", TORCH_FN(counted_generate));
+  m.impl("rnn_layer", TORCH_FN(LayerImpl<layer>::call));
+  m.impl("rnn_layer_backward", TORCH_FN(LayerBackwardImpl<layer_backward>::call));
+  m.impl("generate", TORCH_FN(generate_impl<counted_generate>));
 }
 
 }  // namespace charrnn_fast::cuda

@@ -86,7 +86,7 @@ for op in ("rnn_layer", "rnn_layer_backward", "generate"):
     print(op, torch._C._dispatch_has_kernel_for_dispatch_key(f"charrnn_fast::{op}", "CUDA"))
 with FakeTensorMode():
     for dtype in (torch.float32, torch.bfloat16):
-        print("generates", dtype, ops.generates(torch.empty(2, 2, device="cuda", dtype=dtype)))
+        print("generates", dtype, ops.generates(torch.empty(2, 2, device="cuda", dtype=dtype), "RNN_TANH"))
 cli.main(["info"])
 """
 

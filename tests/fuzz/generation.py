@@ -52,7 +52,8 @@ def run_seed(seed: int) -> tuple[str | None, int, int]:
     torch.set_num_threads(threads)
     with charrnn_fast.use_isa(isa):
         mode = model.rnn.mode
-        drawn, after = ops.generate(tokens, state, weights, *head, uniforms, mode, True, *how)
+        operands = (tokens, state, None, weights, *head, uniforms)
+        drawn, after, _ = ops.generate(*operands, mode, True, *how)
     torch.set_num_threads(1)
     if drawn.shape != (N, S) or int(drawn.min()) < 0 or int(drawn.max()) >= V:
         return f"{about}: not {N} x {S} characters of the vocabulary", 0, 0
