@@ -194,6 +194,85 @@ def test_odd_lengths(kind: Kind, op: str, odd: str) -> None:
     assert str(caught.value).strip()
 
 
+ODD_RESETS: dict[str, Any] = {
+    "int64": torch.zeros(T, B, dtype=torch.int64),
+    "float": torch.zeros(T, B),
+    "uint8": torch.zeros(T, B, dtype=torch.uint8),
+    "batch first": torch.zeros(B, T, dtype=torch.bool),
+    "1-D": torch.zeros(T, dtype=torch.bool),
+    "3-D": torch.zeros(T, B, 1, dtype=torch.bool),
+    "scalar": torch.zeros((), dtype=torch.bool),
+    "a step more": torch.zeros(T + 1, B, dtype=torch.bool),
+    "a step less": torch.zeros(T - 1, B, dtype=torch.bool),
+    "a sequence more": torch.zeros(T, B + 1, dtype=torch.bool),
+    "empty": torch.zeros(0, B, dtype=torch.bool),
+    "huge by stride 0": torch.zeros((), dtype=torch.bool).expand(2**20, 2**20),
+    "meta": torch.zeros(T, B, dtype=torch.bool, device="meta"),
+    "sparse": torch.zeros(T, B, dtype=torch.bool).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("odd", ODD_RESETS)
+def test_odd_resets(kind: Kind, op: str, odd: str) -> None:
+    """Masks of another dtype or shape are refused."""
+    with pytest.raises(REFUSALS) as caught:
+        getattr(OPS, op)(**(ARGUMENTS[op](kind) | {"resets": ODD_RESETS[odd]}))
+    assert str(caught.value).strip()
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_resets_of_packed_rows(kind: Kind, op: str) -> None:
+    """Packed rows have no place for a mask, and the error names what has."""
+    mask = torch.zeros(T, B, dtype=torch.bool)
+    arguments = packed(ARGUMENTS[op](kind)) | {"batch_sizes": longs(3, 3, 3, 3), "resets": mask}
+    with pytest.raises(ValueError, match="lengths"):
+        getattr(OPS, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", ["rnn", "rnn_layer"])
+def test_cell_states_of_kinds_without(kind: Kind, op: str) -> None:
+    """cells=True is an LSTM's; a state c is refused that a cell has not, or of another size."""
+    arguments = ARGUMENTS[op](kind)
+    if kind.has_cell_state:
+        with pytest.raises(REFUSALS):
+            getattr(OPS, op)(**(arguments | {"hx": None, "cx": torch.zeros(1, B, H + 1)}))
+        return
+    with pytest.raises(ValueError, match="cells"):
+        getattr(OPS, op)(**(arguments | {"cells": True}))
+    with pytest.raises(REFUSALS):
+        getattr(OPS, op)(**(arguments | {"cx": arguments["hx"]}))
+
+
+ODD_SAVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one element": lambda t: t.flatten()[:1].clone(),
+    "an element less": lambda t: t.flatten()[1:].clone(),
+    "double": lambda t: t.double(),
+    "half": lambda t: t.half(),
+    "int64": lambda t: t.long(),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "every other": lambda t: torch.stack([t, t], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("odd", ODD_SAVED)
+def test_odd_saved(kind: Kind, odd: str) -> None:
+    """What forward kept, in another size, dtype or place: refused, or read as what it holds."""
+    arguments = layer_arguments(kind)
+    y, *_, saved = getattr(OPS, "rnn_layer")(**(arguments | {"keep": True}))  # noqa: B009
+    backward = backward_arguments(kind)
+    backward |= {name: arguments[name] for name in arguments.keys() & backward.keys()} | {"y": y}
+    if saved.numel() == 0:
+        pytest.skip(f"{kind} keeps nothing")
+    want = OPS.rnn_layer_backward(**(backward | {"saved": saved}))
+    try:
+        got = OPS.rnn_layer_backward(**(backward | {"saved": ODD_SAVED[odd](saved)}))
+    except REFUSALS:
+        return
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("op", ARGUMENTS)
 @pytest.mark.parametrize("value", [I, -1, 2**31, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -272,6 +351,6 @@ def test_the_mode_of_another_kind(kind: Kind, op: str, other: Kind) -> None:
 
 def test_the_table_is_long_enough() -> None:
     """At least 150 malformed calls a kind; this counts those above and those of modules."""
-    lists = len(ARGUMENTS) * (len(ODD_LISTS) + len(ODD_LENGTHS))
+    lists = len(ARGUMENTS) * (len(ODD_LISTS) + len(ODD_LENGTHS) + len(ODD_RESETS))
     calls = lists + len(ODD_OTHERS) + len(module_calls(KINDS[0])) + len(SPOILT_MODULES)
     assert calls + len(spoilt_tensors()) / len(KINDS) > 400
