@@ -105,3 +105,40 @@ def test_state_goes_on(tmp_path):
         again.load_state({**state, "0.bias.exp_avg": torch.zeros(3)})
     with pytest.raises(KeyError):
         again.load_state({})
+
+
+def test_average_of_the_weights():
+    """Exponential, and of few steps in the beginning; the model has it for a while when asked."""
+    m = model(large=False)
+    optimizer = AdamW(m, average=0.5)
+    averages = [p.detach().clone() for p in m.parameters()]
+    for step in range(1, 21):
+        optimizer.zero_grad()
+        fill([m])
+        optimizer.step(1e-2, 0.0)
+        decay = min(0.5, step / (step + 10))
+        for average, p in zip(averages, m.parameters(), strict=True):
+            average.lerp_(p.detach(), 1 - decay)
+    last = [p.detach().clone() for p in m.parameters()]
+    for average, found in zip(averages, optimizer.averages().values(), strict=True):
+        torch.testing.assert_close(found, average)
+    with optimizer.averaged():
+        for average, p in zip(averages, m.parameters(), strict=True):
+            torch.testing.assert_close(p.detach(), average)
+    for before, p in zip(last, m.parameters(), strict=True):
+        assert torch.equal(p, before)
+    assert AdamW(model(large=False)).averages() == {}
+
+
+def test_other_decays_of_moments():
+    ours, theirs = model(False), model(False)
+    optimizer = AdamW(ours, 0.1, betas=(0.8, 0.95))
+    other = torch.optim.AdamW(theirs.parameters(), 1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        other.zero_grad()
+        fill([ours, theirs])
+        other.step()
+        optimizer.step(1e-2, 0.0)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)

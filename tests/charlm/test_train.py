@@ -229,3 +229,21 @@ def test_a_step_that_ruins_the_weights_is_not_saved(options, rate):
         trainer.run()
     assert step_of(trainer.folder) == 2
     assert train(out_dir=options.out_dir, resume=True, say=None).progress.step == 9
+
+
+def test_what_is_evaluated_and_kept_is_the_average(options):
+    """And last.safetensors has both: the last weights to go on with, the average to use."""
+    from charrnn_fast.charlm import evaluate, from_pretrained
+
+    trainer = train(options, average=0.99, say=None)
+    kept = from_pretrained(trainer.folder).model
+    last = from_pretrained(trainer.folder, last=True).model
+    averages = trainer.optimizer.averages()
+    tensors, _ = read_tensors(trainer.folder / "last.safetensors", "model.")
+    for name, parameter in last.named_parameters():
+        assert torch.equal(parameter, averages[name])
+        assert torch.equal(tensors[name], trainer.model.get_parameter(name))
+        assert not torch.equal(tensors[name], averages[name])
+    assert trainer.progress.best_step == trainer.progress.step
+    assert evaluate(kept, trainer.held_out, options.batch_size) == trainer.progress.best_loss
+    assert trainer.evaluate() == trainer.progress.best_loss
