@@ -69,7 +69,7 @@ head = torch.randn(64, 256)
 def generate():
     params = [p.detach() for p in generator.parameters()]
     op = torch.ops.charrnn_fast.generate
-    return list(op(tokens, None, params, head, None, uniforms, "RNN_TANH", True))
+    return list(op(tokens, None, None, params, head, None, uniforms, "RNN_TANH", True))
 
 CALLS = (forward, backward, both_directions, ragged, converted, linear, generate)
 def results():

@@ -39,21 +39,34 @@ def on_each_isa(call):
     return results
 
 
-def model_of(V, H, layers=1, nonlinearity="tanh", dtype=torch.float64, scale=4.0):
-    """A random model whose choices are far from even."""
-    config = ModelConfig(V, H, layers, nonlinearity)
-    model = build_model(config, "fast", "orthogonal", seed=1).to(dtype).eval()
+def model_of(V, H, layers=1, kind="tanh", dtype=torch.float64, scale=4.0):
+    """A random model whose choices are far from even; `kind` names a cell or a nonlinearity."""
+    if kind in ("lstm", "gru"):
+        config, backend = ModelConfig(V, H, layers, cell=kind), "torch"
+    else:
+        config, backend = ModelConfig(V, H, layers, kind), "fast"
+    model = build_model(config, backend, "orthogonal", seed=1).to(dtype).eval()
     with torch.no_grad():
         model.head.weight *= scale
     return model
 
 
+KINDS = ["tanh", "relu", "sigmoid", "lstm", "gru"]
+
+
+def states_of(model, S):
+    """A state for S streams: h, and c of an LSTM."""
+    shape = (model.config.num_layers, S, model.config.hidden_size)
+    return tuple(torch.randn(shape).to(model.head.weight) for _ in range(model.config.states))
+
+
 def arguments(model, tokens, uniforms, state=None, options=HOW[0]):
-    """What ``generate`` is called with to do as ``step`` does."""
+    """What ``generate`` is called with to do as ``step`` does; the state is h, or (h, c)."""
     weights = [p.detach() for p in model.rnn.parameters()]
     head = [model.head.weight.detach(), model.head.bias.detach()]
     how = (options.temperature, options.top_k, options.top_p)
-    return (tokens, state, None, weights, *head, uniforms, model.rnn.mode, True, *how)
+    states = (*((state,) if torch.is_tensor(state) else state or ()), None, None)[:2]
+    return (tokens, *states, weights, *head, uniforms, model.rnn.mode, True, *how)
 
 
 def inputs(V, N, S):
@@ -63,9 +76,8 @@ def inputs(V, N, S):
 def loop(model, tokens, state, uniforms, options):
     """``step`` as its loop: it records gradients, which the op does not."""
     with torch.enable_grad():
-        begin = None if state is None else (state,)
-        drawn, (state,) = step(model, tokens, begin, uniforms, options)
-    return drawn, state.detach()
+        drawn, state = step(model, tokens, state, uniforms, options)
+    return drawn, [tensor.detach() for tensor in state]
 
 
 def differing(model, tokens, uniforms, drawn, options):
@@ -83,46 +95,52 @@ def assert_same_as_the_loop(model, N, S, state):
         tokens, uniforms = inputs(model.rnn.input_size, N, S)
         args = arguments(model, tokens, uniforms, state, options)
         expected, expected_after = loop(model, tokens, state, uniforms, options)
-        for isa, (drawn, after, _) in on_each_isa(lambda args=args: ops.generate(*args)).items():
+        for isa, (drawn, *after) in on_each_isa(lambda args=args: ops.generate(*args)).items():
             assert torch.equal(drawn, expected), (isa, options)
+            if len(expected_after) == 1:
+                assert after.pop().shape == (0,)
             torch.testing.assert_close(after, expected_after, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("S", [1, 2, 7, 64])
-def test_float64_draws_what_the_loop_draws(S, layers, nonlinearity):
+def test_float64_draws_what_the_loop_draws(S, layers, kind):
     """Thousands of characters, from a state, with an odd number of hidden units."""
-    model = model_of(33, 19, layers, nonlinearity)
-    state = torch.randn(layers, S, 19, dtype=torch.float64)
-    assert_same_as_the_loop(model, 50, S, state)
+    model = model_of(33, 19, layers, kind)
+    assert_same_as_the_loop(model, 50, S, states_of(model, S))
 
 
+@pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
 @pytest.mark.parametrize(("V", "H"), [(1, 3), (2, 1), (16, 16), (17, 65), (300, 37)])
-def test_sizes(V, H):
+def test_sizes(V, H, kind):
     """One character, one hidden unit, whole vectors and remainders, a vocabulary of hundreds."""
-    assert_same_as_the_loop(model_of(V, H), 50, 3, None)
+    assert_same_as_the_loop(model_of(V, H, kind=kind), 50, 3, None)
 
 
+@pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
 @pytest.mark.parametrize("options", HOW)
-def test_float32_differs_once_in_a_million(isa, options):
+def test_float32_differs_once_in_a_million(isa, options, kind):
     """Scores differ by rounding, and a uniform number may fall between: about 1 draw in 10**6."""
-    model = model_of(65, 64, dtype=torch.float32)
+    model = model_of(65, 64, kind=kind, dtype=torch.float32)
     tokens, uniforms = inputs(65, 500, 256)
     drawn, *_ = ops.generate(*arguments(model, tokens, uniforms, None, options))
     assert differing(model, tokens, uniforms, drawn, options) <= 2  # of 128 000
 
 
-def test_float32_state_has_the_bits_of_the_module(isa):
-    """The state is that of RNN after the same characters, bit for bit, for any streams."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_state_has_the_bits_of_the_layers(isa, kind):
+    """The state is that of the op `rnn` after the same characters, for any streams."""
     for layers, S in ((1, 1), (2, 7), (3, 97)):
-        model = model_of(65, 37, layers, dtype=torch.float32)
+        model = model_of(65, 37, layers, kind, dtype=torch.float32)
         tokens, uniforms = inputs(65, 40, S)
-        state = torch.randn(layers, S, 37)
-        drawn, after, _ = ops.generate(*arguments(model, tokens, uniforms, state))
-        with torch.no_grad():
-            _, expected = model.rnn(torch.cat([tokens[None], drawn[:-1]]), state)
-        assert torch.equal(after, expected)
+        states = states_of(model, S)
+        drawn, *after = ops.generate(*arguments(model, tokens, uniforms, states))
+        seen = torch.cat([tokens[None], drawn[:-1]])
+        weights = [p.detach() for p in model.rnn.parameters()]
+        how = (model.rnn.mode, True, layers, 0.0, False, False)
+        _, *expected, _ = ops.rnn(seen, *(*states, None)[:2], weights, None, None, None, *how)
+        assert all(map(torch.equal, after, expected))
 
 
 def rows_of(logits, uniforms, options):

@@ -5,6 +5,7 @@ import torch
 from helpers import call_op, rounding, rounding_of_product
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import charrnn_fast
 from charrnn_fast import ops
@@ -236,7 +237,7 @@ def by_pieces(mode, x, states, weights, biases, lengths, resets):
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("split", ["plain", "lengths", "resets", "lengths and resets"])
-def test_as_torch_runs_the_pieces(mode, directions, biases, split):
+def test_as_torch_runs_the_pieces(isa, mode, directions, biases, split):
     """Lengths and resets split a batch in pieces: each as torch runs it alone, with gradients."""
     x, states, weights = make(mode, directions, biases)
     given = {"lengths": torch.tensor([T] * B), "resets": torch.zeros(T, B).bool()} | SPLITS[split]
@@ -397,7 +398,7 @@ def test_lengths_of_any_integers(mode, dtype):
     "shape", [(1, 1, 1, 1), (1, 4, 3, 7), (6, 0, 3, 5), (5, 2, 1, 33)], ids=str
 )
 @pytest.mark.parametrize("split", [False, True])
-def test_shapes(mode, shape, split):
+def test_shapes(isa, mode, shape, split):
     """One step, no sequence, one unit, an odd number of them: shapes and gradients of each."""
     steps, batch, width, hidden = shape
     rows = GATES[mode] * hidden
@@ -472,25 +473,122 @@ def test_calls_by_the_signature_of_0_1_0():
         assert "Tensor? cx" in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("T, B, H", [(12, 32, 64), (60, 1, 256), (9, 7, 33)])
-def test_same_bits_for_any_batch_and_threads(T, B, H):
+@pytest.mark.parametrize("split", [False, True])
+def test_same_bits_for_any_batch_and_threads(mode, T, B, H, split):
     """Forward bits do not depend on the batch or the threads, gradient bits not on the threads."""
     torch.manual_seed(1)
-    x, hx = torch.randn(T, B, 16), torch.randn(1, B, H)
-    module = charrnn_fast.RNN(16, H)
+    rows = GATES[mode] * H
+    x, states = torch.randn(T, B, 16), [torch.randn(1, B, H) for _ in range(2)]
+    weights = [
+        torch.randn(*size).div_(H**0.5).requires_grad_()
+        for size in ((rows, 16), (rows, H), (rows,), (rows,))
+    ]
+    lengths, resets = torch.randint(1, T + 1, (B,)), torch.rand(T, B) < 0.1
+
+    def call(part):
+        given = {"cx": states[1][:, part].contiguous()} if mode == "LSTM" else {}
+        if split:
+            given |= {"lengths": lengths[part], "resets": resets[:, part]}
+        return rnn_layer(x[:, part], states[0][:, part], weights, mode, **given)
+
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            y, h_n = module(x, hx)
-            results.append([y, h_n, *torch.autograd.grad(y.sum(), list(module.parameters()))])
+            y, h_n, c_n, *_ = call(slice(None))
+            loss = y.sum() + h_n.sin().sum() + c_n.sum()
+            results.append([y, h_n, c_n, *torch.autograd.grad(loss, weights)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
-    alone, _ = module(x[:, B // 2 : B // 2 + 1].contiguous(), hx[:, B // 2 : B // 2 + 1])
-    assert torch.equal(alone[:, 0], results[0][0][:, B // 2])
+    alone = call(slice(B // 2, B // 2 + 1))
+    assert torch.equal(alone[0][:, 0], results[0][0][:, B // 2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_isa_may_change_before_backward(mode, dtype):
+    """What one ISA kept serves another, or is computed again where the other keeps another dtype.
+
+    The gradients are then those of the second ISA, but for the rounding of what was kept.
+    """
+    x, states, weights = make(mode, 2, dtype=torch.float32)
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *states, *weights)]
+    call, grads = layer_of(mode, states, lengths=LENGTHS), {}
+    isas = charrnn_fast.available_isas()
+    for forward, backward in [(a, b) for a in isas for b in isas]:
+        with charrnn_fast.use_isa(forward):
+            outputs = call(*leaves)
+        with charrnn_fast.use_isa(backward), ops.assert_fused():
+            rnn_layer(x, None, weights, mode)  # so that something has run forward
+            loss = sum(output.float().sin().sum() for output in outputs)
+            grads[forward, backward] = torch.autograd.grad(loss, leaves)
+    eps = torch.finfo(dtype).eps
+    for (_, backward), got in grads.items():
+        for a, b in zip(got, grads[backward, backward], strict=True):
+            scale = max(1.0, float(b.float().abs().max()))
+            torch.testing.assert_close(a, b, rtol=0, atol=32 * eps * scale)
+
+
+@pytest.mark.parametrize("mode", STOCK)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flops_are_what_torch_counts(mode, directions, packed):
+    """FlopCounterMode counts the same products as for torch's own layer, forward and backward."""
+    x, states, weights = make(mode, directions, packed=packed)
+    module = STOCK[mode](bidirectional=directions == 2, dtype=torch.float64)
+    sizes = SPLITS["packed"]["batch_sizes"] if packed else None
+    counts = []
+    for wanted in (True, False):
+        leaf = x.detach().requires_grad_(wanted)
+        hx, cx = (*(states if wanted else ()), None, None)[:2]
+        state = None if hx is None else hx if cx is None else (hx, cx)
+        input = nn.utils.rnn.PackedSequence(leaf, sizes) if packed else leaf
+        for call in (
+            lambda input=input, state=state: module(input, state)[0],
+            lambda leaf=leaf, hx=hx, cx=cx: rnn_layer(
+                leaf, hx, weights, mode, cx=cx, batch_sizes=sizes
+            )[0],
+        ):
+            with FlopCounterMode(display=False) as counter:
+                output = call()
+                (output.data if isinstance(output, tuple) else output).sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_for_backward(mode):
+    """In units of T*B*H beside y: 5 for an LSTM, 4 for a GRU; nothing without gradients."""
+    units = {"LSTM": 5, "GRU": 4}.get(mode, 0)
+    x, states, weights = make(mode, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer_of(mode, states)(x, *states, *weights)[0]
+    operands = {t.untyped_storage().data_ptr() for t in (x, *states, *weights, y)}
+    beside = [t for t in kept if t.untyped_storage().data_ptr() not in operands]
+    assert sum(t.numel() for t in beside) == units * T * B * H
+    with torch.no_grad():
+        assert rnn_layer(x, None, weights, mode)[4].shape == (0,)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode):
+    """Every operand is cast, the cell state among them, and gradients come back in float32."""
+    x, states, weights = make(mode, dtype=torch.float32)
+    hx, cx = (*states, None)[:2]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = rnn_layer(x, hx, weights, mode, cx=cx)[: 1 + len(states)]
+    low = [[t.detach().bfloat16() for t in list_] for list_ in ([x], states, weights)]
+    hx, cx = (*low[1], None)[:2]
+    expected = rnn_layer(low[0][0], hx, low[2], mode, cx=cx)
+    assert all(map(torch.equal, results, expected))
+    sum(result.float().sum() for result in results).backward()
+    assert all(t.grad.dtype == torch.float32 for t in (x, *states, *weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
