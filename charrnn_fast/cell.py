@@ -1,95 +1,300 @@
-"""``RNNCell``: ``torch.nn``'s, with the computation in fused kernels."""
+"""``RNNCell``, ``LSTMCell`` and ``GRUCell``: ``torch.nn``'s, with the computation in kernels."""
+
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from charrnn_fast import ops
+from charrnn_fast.recurrent import ODD, Call, Fused, as_resets, describe, is_autocast, widened
 from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
 
 
-class RNNCell(nn.RNNCell):
-    """Drop-in for :class:`torch.nn.RNNCell`, with ``nonlinearity='sigmoid'`` and token ids too."""
+class Cell(Fused, nn.RNNCellBase):
+    """The base of our three, before torch.nn's class among theirs.
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    Beyond torch.nn's, an int64 input holds token ids standing for one-hot vectors, ``(B)`` or
+    ``()`` unbatched; and ``reset``, a bool tensor of the same shape, tells where the state is zero
+    before the step. A scripted or exported program that holds a cell needs ``import charrnn_fast``
+    where it is loaded.
+    """
+
+    def _step(self, input: Tensor, hx: Any, reset: Any) -> Any:
+        """``forward`` outside of TorchScript."""
+        if not _is_compiling():
+            result = ops.fast_cell(self, input, hx, reset)
+            if result is not None:
+                return result
+            node = fx_call(self, input, hx, reset)
+            if node is not None:
+                return node
+        weights = current_weights(self)
+        if why_stock(self, input, hx, weights, reset) is not None:
+            return super().forward(input, hx)
+        return run(self, prepare(self, input, hx, weights, reset))
+
+    def _scripted(
+        self, input: Tensor, hx: Tensor | None, cx: Tensor | None, reset: Tensor | None, mode: str
+    ) -> tuple[Tensor, Tensor]:
+        """What TorchScript runs; the op checks the sizes."""
+        one = input.dim() == (0 if input.dtype == torch.int64 else 1)
+        if one:
+            input = input.unsqueeze(0)
+            hx = None if hx is None else hx.unsqueeze(0)
+            cx = None if cx is None else cx.unsqueeze(0)
+            reset = None if reset is None else reset.unsqueeze(0)
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        y, _, c_n, _ = torch.ops.charrnn_fast.rnn(
+            input.unsqueeze(0),
+            None if hx is None else hx.unsqueeze(0),
+            None if cx is None else cx.unsqueeze(0),
+            weights,
+            None,
+            None,
+            None if reset is None else reset.unsqueeze(0),
+            mode,
+            self.bias,
+            1,
+            0.0,
+            False,
+            False,
+            False,
+        )
+        h: Tensor = y.squeeze(0)
+        c: Tensor = c_n.squeeze(0) if mode == "LSTM" else c_n
+        if one:
+            return h.squeeze(0), c.squeeze(0) if mode == "LSTM" else c
+        return h, c
+
+
+class RNNCell(Cell, nn.RNNCell):
+    """Drop-in for :class:`torch.nn.RNNCell`, with ``nonlinearity='sigmoid'``, token ids and
+    ``reset`` too; a scripted or exported program needs ``import charrnn_fast`` where it is loaded.
+    """
+
+    _stock = nn.RNNCell
+
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         """One step.
 
         Args:
             input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
             hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
 
         Returns:
             The next state, of the shape of ``hx``.
         """
         if is_scripting():
-            return self._scripted(input, hx)
-        if not _is_compiling():
-            result = ops.fast_cell(self.__dict__, input, hx)
-            if result is not None:
-                return result
-        return self._checked_forward(input, hx)
-
-    def _scripted(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        """What TorchScript runs; the op checks the sizes."""
-        one = input.dim() == (0 if input.dtype == torch.int64 else 1)
-        step = (input.unsqueeze(0) if one else input).unsqueeze(0)
-        if hx is not None:
-            hx = (hx.unsqueeze(0) if one else hx).unsqueeze(0)
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias:
-            weights += [self.bias_ih, self.bias_hh]
-        mode = "RNN_" + self.nonlinearity.upper()
-        y: Tensor = torch.ops.charrnn_fast.rnn_layer(
-            step, hx, None, weights, None, None, None, mode, self.bias, False, False
-        )[0]
-        return y.squeeze(0).squeeze(0) if one else y.squeeze(0)
-
-    def _checked_forward(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        if not _is_compiling() and (node := fx_call(self, input, hx)) is not None:
-            return node  # type: ignore[no-any-return]
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            weights += [self.bias_ih, self.bias_hh]
-        tokens = input.dim() < 2 and input.dtype == torch.int64
-        stock = not tokens and self.nonlinearity in ("tanh", "relu")
-        if self.nonlinearity not in ops.MODES:
-            return super().forward(input, hx)  # raises
-        dim = input.dim() + (1 if tokens else 0)
-        if stock and (
-            (self.bias_ih is None) != (self.bias_hh is None)
-            or dim not in (1, 2)
-            or not is_dense(input)
-            or self._has_odd_weights(weights)
-            or input.shape[-1] != self.weight_ih.shape[1]
-            or input.dtype != self.weight_ih.dtype
-            or (hx is not None and _is_odd_state(input, hx, self.hidden_size))
-            or (not _is_compiling() and torch.onnx.is_in_onnx_export())
-            or (not _is_compiling() and is_foreign(input, hx, weights))
-        ):
-            return super().forward(input, hx)  # raises, or serves what the kernels do not
-        if dim not in (1, 2):
-            raise ValueError(f"RNNCell: Expected token ids to be 0D or 1D, got {input.dim()}D")
-        batched = dim == 2
-        if hx is not None and hx.dim() != (2 if batched else 1):
-            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        step = input.unsqueeze(0) if batched else input.unsqueeze(0).unsqueeze(0)
-        if hx is not None:
-            hx = hx.unsqueeze(0) if batched else hx.unsqueeze(0).unsqueeze(0)
-        mode = ops.MODES[self.nonlinearity]
-        bias = len(weights) == 4
-        y = ops.rnn_layer(step, hx, None, weights, None, None, None, mode, bias)[0]
-        state = ops.first_step(y)
-        return state if batched else state.squeeze(0)
-
-    def _has_odd_weights(self, weights: list[Tensor]) -> bool:
-        """Whether nn.RNNCell would have to broadcast a bias, or to complain."""
-        H = self.hidden_size
-        expected = [(H, self.input_size), (H, H), (H,), (H,)]
-        return any(a.shape != b for a, b in zip(weights, expected, strict=False))
+            return self._scripted(input, hx, None, reset, "RNN_" + self.nonlinearity.upper())[0]
+        return self._step(input, hx, reset)  # type: ignore[no-any-return]
 
 
-def _is_odd_state(input: Tensor, hx: Tensor, hidden_size: int) -> bool:
-    """Whether hx is not simply (B, hidden_size) beside (B, input_size), or both without B."""
-    return hx.shape != (*input.shape[:-1], hidden_size) or hx.dtype != input.dtype
+class GRUCell(Cell, nn.GRUCell):
+    """Drop-in for :class:`torch.nn.GRUCell`, with token ids and ``reset`` too; a scripted or
+    exported program needs ``import charrnn_fast`` where it is loaded."""
+
+    _stock = nn.GRUCell
+
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
+        """One step.
+
+        Args:
+            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
+            hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
+
+        Returns:
+            The next state, of the shape of ``hx``.
+        """
+        if is_scripting():
+            return self._scripted(input, hx, None, reset, "GRU")[0]
+        return self._step(input, hx, reset)  # type: ignore[no-any-return]
+
+
+class LSTMCell(Cell, nn.LSTMCell):
+    """Drop-in for :class:`torch.nn.LSTMCell`, with token ids and ``reset`` too; a scripted or
+    exported program needs ``import charrnn_fast`` where it is loaded."""
+
+    _stock = nn.LSTMCell
+
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
+            hx: ``(h_0, c_0)``, each ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            reset: bool, ``(B)`` or ``()``: whose states are zero before the step.
+
+        Returns:
+            The next ``(h_1, c_1)``, of the shapes of ``hx``.
+        """
+        if is_scripting():
+            h: Optional[Tensor] = None  # noqa: UP045  TorchScript's
+            c: Optional[Tensor] = None  # noqa: UP045
+            if hx is not None:
+                h, c = hx
+            return self._scripted(input, h, c, reset, "LSTM")
+        return self._step(input, hx, reset)  # type: ignore[no-any-return]
+
+
+def has_pair(cell: Cell) -> bool:
+    """Whether its state is (h, c)."""
+    return isinstance(cell, nn.LSTMCell)
+
+
+def mode_of(cell: Cell) -> str:
+    """The op's name of it; that of an unknown nonlinearity is unknown, too."""
+    if isinstance(cell, nn.RNNCell):
+        return ops.MODES.get(cell.nonlinearity, "")
+    return "LSTM" if has_pair(cell) else "GRU"
+
+
+def current_weights(cell: Cell) -> list[Tensor]:
+    """Two, or four with biases."""
+    weights = [cell.weight_ih, cell.weight_hh]
+    return weights if cell.bias_ih is None else [*weights, cell.bias_ih, cell.bias_hh]
+
+
+def why_stock(cell: Cell, input: Any, hx: Any, weights: list[Tensor], reset: Any) -> str | None:
+    """Why this step is torch.nn's own forward's, as a sentence; None when it is the op's.
+
+    Raises:
+        NotImplementedError: it would be torch.nn's, and asks for what that does not know.
+    """
+    mode = mode_of(cell)
+    if not mode or not isinstance(input, Tensor):
+        return ODD  # refused
+    compiling = _is_compiling()
+    beyond = (
+        "token ids"
+        if input.dim() < 2 and input.dtype == torch.int64
+        else "reset"
+        if reset is not None
+        else "sigmoid"
+        if mode == "RNN_SIGMOID"
+        else None
+    )
+    # The older ONNX exporter knows torch.nn's ops, and not ours.
+    if not compiling and torch.onnx.is_in_onnx_export():
+        if beyond is not None:
+            raise NotImplementedError(
+                f"{cell._stock.__name__}: the older ONNX exporter cannot write {beyond}; "
+                "use torch.onnx.export(..., dynamo=True)"
+            )
+        return "the older ONNX exporter knows torch.nn's ops only"
+    if beyond is not None:
+        return None
+    if not compiling and is_foreign(input, hx, weights):
+        return "a tensor is of a subclass that has its own rules"
+    if not is_dense(input) or not _fits(cell, input, hx, weights):
+        return ODD
+    if not ops.serves_device(input.device.type, mode):
+        return f"calls like torch.nn's on {input.device.type} are left to torch.nn"
+    return None
+
+
+def _fits(cell: Cell, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
+    """Whether sizes, dtypes and devices are as they should be, with no conversion."""
+    H, I = cell.hidden_size, cell.input_size
+    G = ops.GATES[mode_of(cell)]
+    expected = [(G * H, I), (G * H, H), (G * H,), (G * H,)]
+    if (cell.bias_ih is None) != (cell.bias_hh is None):
+        return False
+    if any(weight.shape != shape for weight, shape in zip(weights, expected, strict=False)):
+        return False
+    if input.dim() not in (1, 2) or input.shape[-1] != I or input.device != weights[0].device:
+        return False
+    same_dtype = not is_autocast(input.device.type)
+    if same_dtype and input.dtype != weights[0].dtype:
+        return False
+    if hx is None:
+        return True
+    states = hx
+    if not has_pair(cell):
+        states = (hx,)
+    elif not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        return False
+    return all(
+        isinstance(state, Tensor)
+        and state.shape == (*input.shape[:-1], H)
+        and state.device == input.device
+        and (not same_dtype or state.dtype == input.dtype)
+        for state in states
+    )
+
+
+def prepare(cell: Cell, input: Tensor, hx: Any, weights: list[Tensor], reset: Any) -> Call:
+    """The arguments of the op for a sequence of one step.
+
+    Raises:
+        ValueError, RuntimeError: dimensions, or what ``reset`` is, are not as they should be.
+    """
+    name = cell._stock.__name__
+    tokens = input.dim() < 2 and input.dtype == torch.int64
+    dim = input.dim() + (1 if tokens else 0)
+    if dim not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    states = [] if hx is None else list(hx) if has_pair(cell) else [hx]
+    for state in states:
+        if state.dim() != dim:
+            raise ValueError(
+                f"{name}: Expected hidden to be {dim}D beside this input, "
+                f"got {state.dim()}D instead"
+            )
+    if len(states) not in (0, 2 if has_pair(cell) else 1):
+        raise RuntimeError(f"{name}: hx must be a pair (h_0, c_0), got {len(states)} tensors")
+    if reset is not None:
+        reset = as_resets(name, "reset", reset, tuple(input.shape[: dim - 1]))
+
+    def one_step(tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0) if dim == 2 else tensor.unsqueeze(0).unsqueeze(0)
+
+    h0, c0 = (*map(one_step, states), None, None)[:2]
+    resets = None if reset is None else one_step(reset)
+    return Call(one_step(input), h0, c0, weights, None, None, resets, None, dim == 2)
+
+
+def run(cell: Cell, call: Call) -> Any:
+    """The op, and its results as torch.nn's class gives them."""
+    y, _, c_n, _ = ops.rnn(
+        call.data,
+        call.h0,
+        call.c0,
+        call.weights,
+        None,
+        None,
+        call.resets,
+        mode_of(cell),
+        len(call.weights) == 4,
+        1,
+        0.0,
+        False,
+        False,
+        False,
+    )
+    states = [ops.first_step(state) for state in ([y, c_n] if has_pair(cell) else [y])]
+    if ops.GATES[mode_of(cell)] > 1:
+        states = widened(call, call.c0 if has_pair(cell) else call.h0, states)
+    if not call.batched:
+        states = [state.squeeze(0) for state in states]
+    return tuple(states) if has_pair(cell) else states[0]
+
+
+describe(RNNCell)
+describe(GRUCell, "GRU")
+describe(LSTMCell, "LSTM", pair=True)

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import nn
 
-from charrnn_fast import ops
-from charrnn_fast.cell import RNNCell
-from charrnn_fast.rnn import RNN
-from charrnn_fast.tracing import is_foreign
+from charrnn_fast import cell, ops, recurrent
+from charrnn_fast.cell import Cell
+from charrnn_fast.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -59,37 +57,52 @@ class Explanation:
 
 
 def explain(
-    module: nn.Module, input: Any, hx: Tensor | None = None, lengths: Any = None
+    module: nn.Module, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None
 ) -> Explanation:
-    """Says whether ``module(input, hx, lengths)`` runs in the fused kernels, and why or why not.
+    """Says whether a call of ``module`` runs in the fused kernels, and why or why not.
 
-    The answer comes from the rule by which the ops decide, and from the function by which they
-    divide the work. It holds for a plain call: inside a ``torch.func`` transform, in forward-mode
-    AD and for double backward the composite path runs.
+    The answer comes from the rules by which the modules and the ops decide, and from the function
+    by which they divide the work. It holds for a plain call: inside a ``torch.func`` transform, in
+    forward-mode AD and for double backward the composite path runs. The values of ids, lengths and
+    resets are not looked at.
 
     Args:
-        module: an :class:`RNN` or :class:`RNNCell`; for any other module the answer is composite.
-        input, hx, lengths: what the module would be called with.
+        module: one of our six classes; for any other module the answer is composite.
+        input, hx, lengths, resets: what the module would be called with; ``resets`` is also a
+            cell's ``reset``.
+
+    Raises:
+        Whatever the call raises for wrong dimensions, sizes and dtypes. To learn it, a call that
+        the kernels do not serve as it is is made, without gradients.
     """
     isa = ops.current_isa()
-    if not isinstance(module, (RNN, RNNCell)):
+    if not isinstance(module, (Recurrent, Cell)):
         kind = type(module)
         return Explanation(False, f"the module is a {kind.__module__}.{kind.__qualname__}", isa)
-    data = input.data if isinstance(input, PackedSequence) else input
-    weights = _weights(module)
-    if is_foreign(data, hx, weights):
-        return Explanation(False, "a tensor is of a subclass that has its own rules", isa)
-    device = data.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and weights[0].dtype == torch.float32:
+    if isinstance(module, Recurrent):
+        weights, mode = module._current_weights(), module.mode
+        reason = recurrent.why_stock(module, input, hx, weights, lengths, resets, False)
+    else:
+        weights, mode = cell.current_weights(module), cell.mode_of(module)
+        reason = cell.why_stock(module, input, hx, weights, resets)
+    if reason is not None:
+        if reason == recurrent.ODD:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                module._stock.forward(module, input, hx)
+        return Explanation(False, reason, isa)
+    if isinstance(module, Recurrent):
+        call = recurrent.prepare(module, input, hx, weights, lengths, resets)
+    else:
+        call = cell.prepare(module, input, hx, weights, resets)
+    device = call.data.device.type
+    if recurrent.is_autocast(device) and weights[0].dtype == torch.float32:
         low = torch.get_autocast_dtype(device)
         weights = [weight.to(low) for weight in weights]
-    mode = module.mode if isinstance(module, RNN) else ops.MODES[module.nonlinearity]
-    reason = ops.why_composite(data, hx, None, weights, None, mode)
+    reason = ops.why_composite(call.data, call.h0, call.c0, weights, call.resets, mode)
     if reason is not None:
         return Explanation(False, reason, isa)
     dtype = weights[0].dtype
-    sizes = _layers(module, input)
+    sizes = _layers(module, call)
     return Explanation(
         True,
         "the CPU kernels serve these tensors",
@@ -100,27 +113,17 @@ def explain(
     )
 
 
-def _weights(module: RNN | RNNCell) -> list[Tensor]:
-    if isinstance(module, RNN):
-        return module._current_weights()
-    weights = [module.weight_ih, module.weight_hh]
-    return weights if module.bias_ih is None else [*weights, module.bias_ih, module.bias_hh]
-
-
-def _layers(module: RNN | RNNCell, input: Any) -> list[tuple[int, int, int, int, int, int]]:
+def _layers(
+    module: Recurrent | Cell, call: recurrent.Call
+) -> list[tuple[int, int, int, int, int, int]]:
     """T, B, rows, I, H and directions of each layer of a call."""
     I, H = module.input_size, module.hidden_size
-    data = input.data if isinstance(input, PackedSequence) else input
-    places = list(data.shape if data.dtype == torch.int64 else data.shape[:-1])
-    if isinstance(module, RNNCell):
-        B = places[0] if places else 1
-        return [(1, B, B, I, H, 1)]
-    if isinstance(input, PackedSequence):
-        T, B, rows = len(input.batch_sizes), int(input.batch_sizes[0]), places[0]
+    if call.batch_sizes is not None:
+        T, B, rows = len(call.batch_sizes), int(call.batch_sizes[0]), call.data.shape[0]
     else:
-        if len(places) == 1:
-            places.insert(0 if module.batch_first else 1, 1)
-        T, B = reversed(places) if module.batch_first else places
+        T, B = call.data.shape[:2]
         rows = T * B
+    if isinstance(module, Cell):
+        return [(T, B, rows, I, H, 1)]
     D = 2 if module.bidirectional else 1
     return [(T, B, rows, D * H if layer else I, H, D) for layer in range(module.num_layers)]

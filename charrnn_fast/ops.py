@@ -17,13 +17,28 @@ from charrnn_fast import fakes as fakes  # registers them
 from charrnn_fast import onnx
 from charrnn_fast._extension import _C
 
-MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}  # of nonlinearities
+
+# Rows of a weight, in units of hidden_size, by mode.
+GATES = {**dict.fromkeys(MODES.values(), 1), "LSTM": 4, "GRU": 3}
 
 # The short ways in; None when the call needs the long way. See csrc/short_way.cpp.
 fast_forward = _C.forward
 fast_call = _C.call
-watch_calls = _C.watch_calls
 fast_cell = _C.cell
+describe = _C.describe
+
+
+def has_cuda_kernels() -> bool:
+    """Whether this build has kernels for layers on CUDA; they are Elman's."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("charrnn_fast::rnn_layer", "CUDA"))
+
+
+def serves_device(device: str, mode: str) -> bool:
+    """Whether calls that torch.nn could serve, too, are better served by our ops there."""
+    if device == "cuda":
+        return GATES[mode] == 1 and has_cuda_kernels()
+    return device in ("cpu", "meta")
 
 
 def _is_exporting_to_onnx() -> bool:
@@ -56,19 +71,21 @@ def rnn(
     ``c_n`` and ``cells`` are empty where there is none, or none was asked for.
     """
     if _is_exporting_to_onnx() and batch_sizes is None:
-        output, h_n = onnx.rnn(
+        return onnx.rnn(
             input,
             hx,
+            cx,
             params,
             lengths,
+            resets,
             mode,
             has_biases,
             num_layers,
             dropout,
             train,
             bidirectional,
+            cells,
         )
-        return output, h_n, h_n.new_empty(0), h_n.new_empty(0)
     return torch.ops.charrnn_fast.rnn.default(  # type: ignore[no-any-return]
         input,
         hx,
@@ -85,38 +102,6 @@ def rnn(
         bidirectional,
         cells,
     )
-
-
-def rnn_layer(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    mode: str,
-    has_biases: bool,
-    cells: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer of one or two directions, time-major: as :func:`rnn`."""
-    if _is_exporting_to_onnx() and batch_sizes is None:
-        y, h_n = onnx.rnn_layer(input, hx, weights, lengths, mode, has_biases)
-        return y, h_n, h_n.new_empty(0), h_n.new_empty(0)
-    y, h_n, c_n, all_cells, _ = torch.ops.charrnn_fast.rnn_layer.default(
-        input,
-        hx,
-        cx,
-        list(weights),
-        batch_sizes,
-        lengths,
-        resets,
-        mode,
-        has_biases,
-        cells,
-        False,
-    )
-    return y, h_n, c_n, all_cells
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from charrnn_fast.cell import RNNCell
+from charrnn_fast.cell import GRUCell, LSTMCell, RNNCell
+from charrnn_fast.gru import GRU
+from charrnn_fast.lstm import LSTM
+from charrnn_fast.recurrent import Fused
 from charrnn_fast.rnn import RNN
 
-_SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
+_SWAPS: dict[type[nn.Module], type[Fused]] = {
+    ours._stock: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Replacement:
 
 
 def replace_rnn(model: nn.Module) -> Replacement:
-    """Makes every ``nn.RNN`` and ``nn.RNNCell`` in a model ours, in place.
+    """Makes every ``nn.RNN``, ``nn.LSTM``, ``nn.GRU`` and their cells in a model ours, in place.
 
     The module objects stay the same: only their class changes, as ours hold the same attributes.
     Parameters, buffers, hooks, the training flag, devices, and all references from optimizers and
@@ -53,19 +58,21 @@ def replace_rnn(model: nn.Module) -> Replacement:
     report = Replacement()
     for name, module in _recurrent_modules(model):
         target = _SWAPS.get(type(module))
-        if target is not None:
+        if target is not None and getattr(module, "proj_size", 0) != 0:
+            report.left[name] = "it has a proj_size, which is left to torch.nn"
+        elif target is not None:
             report._modules.append((module, type(module)))
             module.__class__ = target
             report.changed.append(name)
-        elif isinstance(module, (RNN, RNNCell)):
+        elif isinstance(module, Fused):
             report.left[name] = "it is charrnn_fast's already"
-        elif isinstance(module, (nn.RNN, nn.RNNCell)):
+        elif isinstance(module, tuple(_SWAPS)):
             kind = type(module)
             report.left[name] = f"{kind.__module__}.{kind.__qualname__} is a subclass of its own"
         elif isinstance(module, torch.jit.ScriptModule):
             report.left[name] = "it is compiled by TorchScript"
         else:
-            report.left[name] = f"{type(module).__name__} is not an Elman network"
+            report.left[name] = f"{type(module).__name__} has a formula of its own"
     if not report.changed and not report.left:
         warnings.warn("replace_rnn found no recurrent module in the model", stacklevel=2)
     return report
@@ -73,7 +80,7 @@ def replace_rnn(model: nn.Module) -> Replacement:
 
 def _recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        scripted = getattr(module, "original_name", "") in ("RNN", "RNNCell", "LSTM", "GRU")
+        scripted = getattr(module, "original_name", "") in {kind.__name__ for kind in _SWAPS}
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or (
             isinstance(module, torch.jit.ScriptModule) and scripted
         ):

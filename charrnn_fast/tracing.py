@@ -11,10 +11,13 @@ from torch._C import _disabled_torch_function_impl
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def is_foreign(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bool:
+def is_foreign(input: Tensor, hx: Any, weights: Sequence[Tensor]) -> bool:
     """Whether a tensor subclass is among these that would have to know our ops."""
-    tensors = [input, *weights] if hx is None else [input, hx, *weights]
-    return any(_overrides(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in tensors)
+    states = hx if isinstance(hx, (tuple, list)) else [hx]
+    return any(
+        _overrides(tensor) or is_traceable_wrapper_subclass(tensor)
+        for tensor in [input, *states, *weights]
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -36,7 +39,8 @@ def fx_call(module: nn.Module, *args: Any) -> Any:
 
     FX takes modules of torch.nn for leaves by the name of their package; ours are leaves, too.
     """
-    proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    leaves = [leaf for arg in args for leaf in (arg if type(arg) in (tuple, list) else (arg,))]
+    proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
     if proxy is None:
         return None
     while args[-1] is None:
