@@ -9,6 +9,7 @@ template <int sums = 0>
 struct Store {
   static constexpr bool kRecurrence = false;
   static constexpr bool kPadded = sums > 0;  // rows of init are whole vectors
+  static constexpr bool kInitFirst = false;  // a chain begins with init
   static constexpr bool kPrefetchesAtOnce = false;
   // Where column c of the panels lies: in init at kInitScale * c + kInitShift vectors.
   static constexpr int kInitScale = sums > 0 ? sums : 1, kInitShift = 0;
@@ -44,6 +45,8 @@ struct Store {
 template <typename CellType>
 struct ForwardOf {
   static constexpr bool kRecurrence = true;
+  // Terms far below init would be lost one by one, at every step of a gated cell's long memory.
+  static constexpr bool kInitFirst = kSums<CellType> == 1;
   static constexpr bool kPadded = true;
   static constexpr bool kPrefetchesAtOnce = false;
   static constexpr int kInitScale = kSums<CellType>, kInitShift = kFirstOfState<CellType>;
@@ -116,6 +119,7 @@ struct ForwardOf {
 template <typename CellType>
 struct BackwardOf {
   static constexpr bool kRecurrence = true;
+  static constexpr bool kInitFirst = kSums<CellType> == 1;
   static constexpr bool kPadded = false;
   static constexpr bool kPrefetchesAtOnce = true;
   static constexpr int kInitScale = 1, kInitShift = 0, kOutScale = 1;

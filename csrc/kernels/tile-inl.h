@@ -161,7 +161,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[c][i] = Vec<Sum>{};
         // Here the loads are at hand, and the end is what the next step waits for.
-        if constexpr (lone) sum[0][i] = init(i / P, i % P);
+        if constexpr (lone && End::kInitFirst) sum[0][i] = init(i / P, i % P);
       }
       const auto multiply = [&](int c, int64_t k, int n) __attribute__((always_inline)) {
         if constexpr (kAccumulators <= 12 && R < P) {  // few registers: those of the fewer operands
@@ -224,7 +224,9 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
       }
       if constexpr (lone) {
 #pragma GCC unroll 32
-        for (int i = 0; i < R * P; ++i) total[i] = sum[0][i];
+        for (int i = 0; i < R * P; ++i) {
+          total[i] = End::kInitFirst ? sum[0][i] : init(i / P, i % P) + sum[0][i];
+        }
         break;
       }
       constexpr bool one_block = R > rows_of_several_blocks(P);
