@@ -269,7 +269,7 @@ const char* why_composite(const Call& call) {
 
 LayerResult layer(const Call& given) {
   const Layer layer = check_layer(given);
-  if (why_composite(given) != nullptr) return composite::forward(given);
+  if (cuda::why_composite(given) != nullptr) return composite::forward(given);
   const Operands operands(given, given.weights[0].scalar_type());
   const Call& call = operands.call;
 
@@ -304,7 +304,7 @@ std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
                                    const Tensor& given_y, const Tensor& saved,
                                    const c10::List<bool>& needs) {
   const Layer layer = check_layer_backward(given_grads, given, given_y, saved, needs);
-  if (why_composite(given) != nullptr) {
+  if (cuda::why_composite(given) != nullptr) {
     return composite::backward(given_grads, given, given_y, saved, needs);
   }
   const Operands operands(given, given.weights[0].scalar_type());

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import charrnn_fast
+from charrnn_fast import ops
 from charrnn_fast.charlm import ModelConfig, SampleOptions, build_model
 from charrnn_fast.charlm.sample import draw, step, why_stepwise
 
@@ -74,11 +75,35 @@ def generation(library):
             expected.append(tokens)
         what = f"{layers} layers, {mode}, {how}"
         assert torch.equal(torch.cat((first, second)), torch.stack(expected)), what
-        close(state, expected_state, what, torch.float32)
+        close(state[0], expected_state[0], what, torch.float32)
     assert runs() == calls, "the emulated kernel did not draw"
     with pytest.raises(NotImplementedError, match="must be float32, got Double"):
         step(model.double(), tokens, None, uniforms.double(), how)
     print(f"generation: {calls} calls")
+
+
+def other_cells(counts):
+    """LSTM, GRU and resets have no kernels there: the formula runs, with torch's results."""
+    before = counts(0), counts(1)
+    for stock, mode in ((nn.LSTM, "LSTM"), (nn.GRU, "GRU"), (nn.RNN, "RNN_TANH")):
+        module = stock(7, 9, 2, bidirectional=True).double()
+        x = torch.randn(5, 6, 7, dtype=torch.float64, requires_grad=True)
+        begin = torch.zeros(5, 6, dtype=torch.bool)
+        begin[2] = True
+        weights = list(module.parameters())
+        how = (mode, True, 2, 0.0, False, True)
+        output, *_ = ops.rnn(
+            x.float(), None, None, [w.float() for w in weights], None, None, begin, *how
+        )
+        # Each layer starts anew at step 2, in both directions: two sequences.
+        parts = [module(part)[0] for part in (x[:2], x[2:])]
+        expected = torch.cat(parts)
+        close(output, expected, f"{mode} with resets", torch.float32)
+        grads = torch.autograd.grad(output.sin().sum(), [x, *weights])
+        want = torch.autograd.grad(expected.sin().sum(), [x, *weights])
+        for a, b in zip(grads, want, strict=True):
+            close(a, b, f"gradients of {mode} with resets", torch.float32)
+    assert (counts(0), counts(1)) == before, "a kernel ran that knows Elman's cell alone"
 
 
 def main(library):
@@ -139,6 +164,7 @@ def main(library):
     assert counts(1) >= cases, "the emulated kernels did not run backward"
     print(f"{design}: {cases} modules, {counts(0)} layers forward, {counts(1)} backward")
     generation(library)
+    other_cells(counts)
 
 
 if __name__ == "__main__":
