@@ -94,6 +94,8 @@ def explain(
         call = recurrent.prepare(module, input, hx, weights, lengths, resets)
     else:
         call = cell.prepare(module, input, hx, weights, resets)
+    if call.data.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     device = call.data.device.type
     if recurrent.is_autocast(device) and weights[0].dtype == torch.float32:
         low = torch.get_autocast_dtype(device)

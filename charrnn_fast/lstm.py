@@ -2,6 +2,7 @@
 
 from typing import Any, Optional, overload
 
+import torch
 from torch import Tensor, nn
 from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
@@ -76,11 +77,77 @@ class LSTM(Recurrent, nn.LSTM):
                 h, c = hx
             if isinstance(input, PackedSequence):
                 data, sizes, order, back = input
-                y, h_n, c_n = self._scripted(data, h, c, sizes, order, back, lengths, resets)
+                if self.proj_size > 0:
+                    y, h_n, c_n = self._projected(data, h, c, sizes, order, back, lengths, resets)
+                else:
+                    y, h_n, c_n = self._scripted(data, h, c, sizes, order, back, lengths, resets)
                 return PackedSequence(y, sizes, order, back), (h_n, c_n)
-            y, h_n, c_n = self._scripted(input, h, c, None, None, None, lengths, resets)
+            if self.proj_size > 0:
+                y, h_n, c_n = self._projected(input, h, c, None, None, None, lengths, resets)
+            else:
+                y, h_n, c_n = self._scripted(input, h, c, None, None, None, lengths, resets)
             return y, (h_n, c_n)
         return self._forward(input, hx, lengths, resets, return_cell_states)
+
+    def _projected(
+        self,
+        input: Tensor,
+        hx: Tensor | None,
+        cx: Tensor | None,
+        batch_sizes: Tensor | None,
+        sorted_indices: Tensor | None,
+        unsorted_indices: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What TorchScript runs with proj_size: torch.nn's op."""
+        if lengths is not None or resets is not None:
+            raise NotImplementedError("LSTM: lengths and resets cannot be combined with proj_size")
+        one = batch_sizes is None and input.dim() == 2
+        dim = 0 if self.batch_first else 1
+        if one:
+            input = input.unsqueeze(dim)
+        B = input.size(dim) if batch_sizes is None else int(batch_sizes[0])
+        if hx is None or cx is None:
+            rows = self.num_layers * (2 if self.bidirectional else 1)
+            h = torch.zeros(rows, B, self.proj_size, dtype=input.dtype, device=input.device)
+            c = torch.zeros(rows, B, self.hidden_size, dtype=input.dtype, device=input.device)
+        elif one:
+            h, c = hx.unsqueeze(1), cx.unsqueeze(1)
+        elif sorted_indices is not None:
+            h, c = hx.index_select(1, sorted_indices), cx.index_select(1, sorted_indices)
+        else:
+            h, c = hx, cx
+        if batch_sizes is None:
+            y, h_n, c_n = torch.lstm(
+                input,
+                [h, c],
+                self._flat_weights,  # type: ignore[arg-type]
+                self.bias,
+                self.num_layers,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+                self.batch_first,
+            )
+        else:
+            y, h_n, c_n = torch.lstm(
+                input,
+                batch_sizes,
+                [h, c],
+                self._flat_weights,  # type: ignore[arg-type]
+                self.bias,
+                self.num_layers,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+            )
+        if one:
+            return y.squeeze(dim), h_n.squeeze(1), c_n.squeeze(1)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = c_n.index_select(1, unsorted_indices)
+        return y, h_n, c_n
 
 
 describe(LSTM, "LSTM", pair=True)

@@ -17,6 +17,11 @@ from charrnn_fast import fakes as fakes  # registers them
 from charrnn_fast import onnx
 from charrnn_fast._extension import _C
 
+try:
+    from torch.onnx._internal.exporter import _flags as _onnx_flags
+except ImportError:  # of another torch
+    _onnx_flags = None  # type: ignore[assignment]
+
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}  # of nonlinearities
 
 # Rows of a weight, in units of hidden_size, by mode.
@@ -42,7 +47,10 @@ def serves_device(device: str, mode: str) -> bool:
 
 
 def _is_exporting_to_onnx() -> bool:
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    # Dynamo, by which the exporter tries again what failed, knows the first of these only.
+    return torch.compiler.is_exporting() and (
+        torch.onnx.is_in_onnx_export() or getattr(_onnx_flags, "_is_onnx_exporting", False)
+    )
 
 
 def rnn(

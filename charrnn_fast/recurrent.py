@@ -283,6 +283,8 @@ def _fits(
     dim = data.dim()
     if dim not in ((2,) if packed else (2, 3)) or data.shape[-1] != module.input_size:
         return False
+    if not _is_compiling() and data.shape[1 if module.batch_first and dim == 3 else 0] == 0:
+        return False  # no steps
     device = data.device
     if weights[0].device != device:
         return False
@@ -405,7 +407,7 @@ def run(module: Recurrent, call: Call, cells: bool) -> Any:
         float(module.dropout),
         module.training,
         module.bidirectional,
-        cells,
+        bool(cells),
     )
     if module.mode == "GRU":
         output, h_n = widened(call, call.h0, [output, h_n])

@@ -1,5 +1,6 @@
 """explain: path, reason, instruction set and threads are those of the call."""
 
+import re
 import subprocess
 import sys
 
@@ -149,3 +150,46 @@ print(said, len(os.listdir("/proc/self/task")) - before + 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said, ran = map(int, done.stdout.split())
     assert ran == (3 if said > 1 else 1)
+
+
+REFUSED = {
+    "double": lambda x: (x.double(),),
+    "another width": lambda x: (torch.zeros(*x.shape[:-1], 7),),
+    "too many dimensions": lambda x: (x[None, None],),
+    "integers": lambda x: (x[None].int(),),
+}
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("call", REFUSED)
+def test_what_the_call_refuses(kind, is_cell, call):
+    """explain raises what the call raises."""
+    module = (kind.cell if is_cell else kind.ours)(3, 5)
+    args = REFUSED[call](X[0] if is_cell else X)
+    with pytest.raises((RuntimeError, ValueError)) as refusal:
+        module(*args)
+    with pytest.raises(type(refusal.value), match=re.escape(str(refusal.value))):
+        explain(module, *args)
+
+
+def test_no_steps_and_wrong_resets(kind):
+    """So it does for a sequence of no steps, and for resets that do not fit."""
+    module = kind.ours(3, 5)
+    with pytest.raises(RuntimeError, match="larger than 0"):
+        explain(module, X[:0])
+    with pytest.raises(RuntimeError, match=r"resets of size \[4, 2\], got \[2, 4\]"):
+        explain(module, X, resets=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"resets must be of dtype torch.bool, got torch.int64"):
+        explain(module, X, resets=torch.zeros(4, 2).long())
+
+
+def test_projections():
+    """proj_size is torch.nn's own path: explain says so, and what torch.nn lacks is refused."""
+    lstm = charrnn_fast.LSTM(3, 5, proj_size=2)
+    assert not explain(lstm, X).fused
+    assert "proj_size" in explain(lstm, X).reason
+    for keywords in ({"lengths": torch.tensor([4, 1])}, {"resets": X[..., 0] > 0}):
+        with pytest.raises(NotImplementedError, match="proj_size"):
+            lstm(X, **keywords)
+    with pytest.raises(NotImplementedError, match="return_cell_states"):
+        lstm(X, return_cell_states=True)

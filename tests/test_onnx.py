@@ -130,3 +130,36 @@ def test_the_older_exporter(kind):
         torch.onnx.export(module.eval(), (torch.randn(4, 2, 3),), buffer, dynamo=False)
         sizes.append(len(buffer.getvalue()))
     assert sizes[0] == sizes[1]
+
+
+def test_what_the_older_exporter_cannot_write(kind):
+    """Ids, lengths and resets beside dynamo=False: an error that names the exporter that can."""
+    x, lengths = torch.randn(4, 3, 3), torch.tensor([2, 4, 1])
+    calls = [
+        (x[..., 0].abs().long(), {}),
+        (x, {"lengths": lengths}),
+        (x, {"resets": x[..., 0] > 0}),
+    ]
+    for input, keywords in calls:
+        model = WithKeywords(kind.ours(3, 5), keywords).eval()
+        with pytest.raises(NotImplementedError, match="dynamo=True"):
+            torch.onnx.export(model, (input,), io.BytesIO(), dynamo=False)
+
+
+class WithKeywords(nn.Module):
+    """Calls a module with keywords that the exporter need not know."""
+
+    def __init__(self, rnn, keywords):
+        super().__init__()
+        self.rnn = rnn
+        self.keywords = keywords
+
+    def forward(self, x):
+        return self.rnn(x, **self.keywords)
+
+
+def test_resets(kind):
+    """ONNX's operators have none: the error that comes first says so."""
+    model = WithKeywords(kind.ours(3, 5), {"resets": torch.ones(4, 2, dtype=torch.bool)}).eval()
+    with pytest.raises(torch.onnx.OnnxExporterError, match="no resets"):
+        torch.onnx.export(model, (torch.randn(4, 2, 3),), dynamo=True, verbose=False)

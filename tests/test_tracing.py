@@ -200,6 +200,26 @@ def test_jit_script_of_the_cell(kind, bias):
     torch.testing.assert_close(loaded(x[0]), stock(x[0]))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_jit_script_with_projections(batch_first):
+    """proj_size compiles, too: batches, one sequence and packed ones, with and without states."""
+    options = {"proj_size": 2, "bidirectional": True, "batch_first": batch_first}
+    stock, ours = nn.LSTM(3, 5, 2, **options), charrnn_fast.LSTM(3, 5, 2, **options)
+    ours.load_state_dict(stock.state_dict())
+
+    def state(*batch):
+        return torch.randn(4, *batch, 2), torch.randn(4, *batch, 5)
+
+    loaded, x = scripted(ScriptedPair(ours)), torch.randn(3, 3, 3)
+    for args in ((x,), (x, state(3)), (x[0],), (x[0], state())):
+        torch.testing.assert_close(flat(loaded(*args)), flat(stock(*args)))
+    loaded = scripted(ScriptedPackedPair(ours))
+    packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
+    for args in ((packed,), (packed, state(3))):
+        torch.testing.assert_close(flat(loaded(*args)), flat(stock(*args)))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flop_counts(kind, options, frozen):
