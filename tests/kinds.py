@@ -79,7 +79,7 @@ class Kind:
         return tensors if self.has_cell_state else tensors[0]
 
 
-ALL = (
+KINDS = (
     Kind(
         "RNN",
         1,
@@ -90,7 +90,6 @@ ALL = (
     Kind("LSTM", 4, ("h_n", "c_n"), ({},), ("LSTM",)),
     Kind("GRU", 3, ("h_n",), ({},), ("GRU",)),
 )
-KINDS = tuple(kind for kind in ALL if hasattr(charrnn_fast, kind.name))
 VARIANTS = tuple((kind, variant) for kind in KINDS for variant in kind.variants)
 
 

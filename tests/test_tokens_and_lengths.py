@@ -15,6 +15,7 @@ from helpers import (
     rounding_of,
     run,
 )
+from kinds import flat
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -115,3 +116,16 @@ def test_lengths_may_be_a_list(kind):
     rnn = kind.ours(4, 6)
     x = torch.randn(5, 2, 4)
     assert torch.equal(rnn(x, lengths=[5, 2])[0], rnn(x, lengths=torch.tensor([5, 2]))[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
+)
+def test_lengths_of_any_integer_dtype(kind, dtype):
+    """Lengths of any integers are the same lengths, in eager mode and under vmap."""
+    rnn = kind.ours(4, 6)
+    x, lengths = torch.randn(5, 3, 4), torch.tensor([2, 5, 1])
+    want = flat(rnn(x, lengths=lengths))
+    assert all(map(torch.equal, flat(rnn(x, lengths=lengths.to(dtype))), want))
+    mapped = torch.func.vmap(lambda x, n: rnn(x, lengths=n)[0])(x[None], lengths.to(dtype)[None])
+    torch.testing.assert_close(mapped[0], want[0])
