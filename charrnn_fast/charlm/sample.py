@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from .model import READ, Cell, CharRNN, State
 from .options import check_seed
 from .vocabulary import OnUnknown, Vocabulary
 
-CELL_STATE = "cell_state" in inspect.signature(ops.generate).parameters
 MOST_STREAMS = 1 << 20  # at once
 
 
@@ -111,10 +109,10 @@ def generate(
         # The op reads ids as one-hot vectors: W_ih of those is the product with the embedding.
         weights[0] = weights[0] @ model.embedding.weight.T
     begin = (None, None) if state is None else (*state, None)[:2]
-    op: Any = ops.generate
-    drawn, *end = op(
+    drawn, *end = ops.generate(
         tokens,
-        *(begin if CELL_STATE else begin[:1]),
+        begin[0],
+        begin[1],
         weights,
         model.head.weight,
         model.head.bias,
@@ -131,7 +129,7 @@ def generate(
 def why_stepwise(model: CharRNN) -> str | None:
     """Why ``step`` calls the model for every character; None where one op does it all."""
     parts, weights = list(model.modules()), list(model.parameters())
-    modules = [getattr(charrnn_fast, cell.upper(), None) for cell in get_args(Cell)]
+    modules = [getattr(charrnn_fast, cell.upper()) for cell in get_args(Cell)]
     if type(model) is not CharRNN or type(model.rnn) not in modules or type(model.head) is not Head:
         return "the model is not a CharRNN of a module of charrnn_fast"
     if model.rnn.bidirectional or model.rnn.batch_first:
@@ -144,8 +142,7 @@ def why_stepwise(model: CharRNN) -> str | None:
         return "gradients are recorded"
     if any(type(weight) is not nn.Parameter for weight in weights):
         return "a weight is no plain tensor"
-    serves: Any = ops.generates
-    if not serves(*((weights[0], model.rnn.mode) if CELL_STATE else (weights[0],))):
+    if not ops.generates(weights[0], model.rnn.mode):
         return f"there is no kernel for {weights[0].dtype} on {weights[0].device.type}"
     if torch.is_autocast_enabled(weights[0].device.type):
         return "autocast is on"
