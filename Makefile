@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
 .PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
-  sanitize-module test-clang test-elsewhere test-neon test-baseline test-gpu bench-gpu test-install fuzz soak dist clean
+  sanitize-module test-clang test-elsewhere test-neon test-baseline gpu-report test-gpu bench-gpu test-install fuzz soak dist clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -154,7 +154,14 @@ test-clang: $(VENV)/.installed
 test-elsewhere: $(BUILT)
 	$(BIN)/python tools/test_elsewhere.py $(ARGS)
 
-# What only a device can tell. Without one they say so and fail: nothing was tested.
+# What only a device can tell, on a bare machine: builds for its device alone with PYTHON's torch, then
+# parity, generation, graphs, compute-sanitizer, cuDNN's times; OUT/report.md and OUT/report.json within
+# eight minutes. Without a device it says so and fails: nothing was tested.
+OUT ?= build/gpu
+gpu-report:
+	$(PYTHON) tests/cuda/gpu.py report $(OUT)
+
+# Parts of it, with the build that is there.
 test-gpu: $(BUILT)
 	@$(BIN)/python tests/cuda/gpu.py test
 

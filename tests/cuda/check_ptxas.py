@@ -4,7 +4,7 @@ usage: check_ptxas.py [--arch 75 80 90 100] [--write PAGE | --compare PAGE]
 
 Prints a table of registers, the blocks of 256 threads that they let a multiprocessor have, stack
 and spills, and of the shared memory that holds weights; exits with 1 when a kernel that runs once a
-step or more has a stack frame or spills. PAGE is docs/cuda.md: the table is put into it, or must be
+step or more has a stack frame or spills. PAGE is tests/cuda/registers.md: the table is put into it, or must be
 the one that is in it (unless that is of another nvcc).
 """
 

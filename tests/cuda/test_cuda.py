@@ -5,11 +5,13 @@ show is listed in docs/cuda.md; the tests that need one report skipped here.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,97 @@ def test_emulated_module_parity(library, design):
     assert code == 0, text
 
 
+def test_gpu_report_in_a_dry_run(library, tmp_path):
+    """`make gpu-report` on emulated kernels: all parts run, and agree; no device, no speed."""
+    code, text = run(
+        [sys.executable, str(HERE / "gpu.py"), "report", str(tmp_path), "--dry-run", library],
+        OMP_NUM_THREADS="1",
+    )
+    page = (tmp_path / "report.md").read_text()
+    assert code == 0, text + page
+    assert "A dry run on emulated kernels" in page
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    counts = Counter(result["part"] for result in results if "skipped" not in result)
+    assert counts["parity"] > 50
+    padded = [r for r in results if r["name"].startswith("RNN ") and " padded " in r["name"]]
+    assert {r["by"] for r in padded if r["part"] == "parity"} == {"kernels"}
+    assert counts["generation"] >= 8
+    assert counts["bench"] == 1
+    assert counts["capture"] == counts["sanitizer"] == 0  # nothing is claimed of them
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu.py as a module, with the CPU for its device."""
+    monkeypatch.setenv("CHARRNN_FAST_DRY_RUN", "none")
+    spec = importlib.util.spec_from_file_location("gpu", HERE / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpu_report_notices_a_wrong_number(gpu, monkeypatch):
+    """One gradient that is a hundredth off, one output that is, and a NaN fail a case of parity."""
+    import charrnn_fast
+
+    results = []
+    monkeypatch.setattr(gpu, "say", lambda **result: results.append(result))
+    monkeypatch.setattr(gpu, "layers_run", lambda: 0)
+
+    def case(spoil):
+        run_one = gpu.run
+
+        def spoilt(torch, module, *arguments):
+            found = run_one(torch, module, *arguments)
+            if type(module) is charrnn_fast.RNN:
+                spoil(found)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "run", spoilt)
+            gpu.parity_case(torch, charrnn_fast, "RNN", 9, torch.float32, "padded", {}, "case")
+        return results.pop()["ok"]
+
+    assert case(lambda found: None)
+    for place in range(8):  # output, h_n, and gradients of x, hx and four parameters
+        assert not case(lambda found, place=place: found[place].view(-1)[-1].add_(0.01)), place
+    assert not case(lambda found: found[0].view(-1)[0].fill_(float("nan")))
+
+
+def test_gpu_report_survives_its_parts(gpu, tmp_path, monkeypatch):
+    """A part that dies or hangs after some results: they are kept, and the others run."""
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import os, sys, time\n"
+        'print(\'RESULT {"part": "%s", "name": "first", "ok": true}\' % sys.argv[2])\n'
+        "sys.stdout.flush()\n"
+        "os.abort() if sys.argv[2] == 'parity' else time.sleep(600) if sys.argv[2] == 'capture' else 0\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(bad))
+    monkeypatch.setattr(gpu, "PARTS", {"parity": 2, "capture": -9, "bench": 2})
+    assert gpu.report(tmp_path, "none", ("parity", "capture", "bench")) == 2
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [(r["part"], r["ok"]) for r in content["results"]] == [
+        ("parity", True),
+        ("parity", False),
+        ("capture", True),
+        ("capture", False),
+        ("bench", True),
+    ]
+    assert "stopped after 1 s" in (tmp_path / "report.md").read_text()
+
+
+def test_gpu_report_without_a_device(tmp_path):
+    """It says so and fails, rather than report what it has not seen."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    code, text = run([sys.executable, str(HERE / "gpu.py"), "report", str(tmp_path)])
+    assert code == 1, text
+    page = (tmp_path / "report.md").read_text()
+    assert "build, asking for the device: `" in page
+    assert "parity, the part itself: `ended with 1" in page
+
+
 def load_check_ptxas():
     spec = importlib.util.spec_from_file_location("check_ptxas", HERE / "check_ptxas.py")
     module = importlib.util.module_from_spec(spec)
@@ -158,9 +251,9 @@ def check_ptxas(*arguments):
 
 
 def test_table_of_registers_is_of_these_tiles():
-    """Each instance of a kernel has a row in docs/cuda.md, with its tile's shared memory."""
+    """Each instance of a kernel has a row in registers.md, with its tile's shared memory."""
     module = load_check_ptxas()
-    lines = module.split_page(ROOT / "docs/cuda.md")[1].splitlines()
+    lines = module.split_page(HERE / "registers.md")[1].splitlines()
     rows = {cells[1]: cells[-2] for cells in (re.split(r" *\| *", line) for line in lines[4:])}
     names = []
     for design in ("block", "grid"):
@@ -179,8 +272,8 @@ def test_nvcc_compiles_small_kernels():
 
 @pytest.mark.slow
 def test_nvcc_compiles_without_spills():
-    """sm_75, 80, 90, 100 and PTX; and docs/cuda.md has the table of registers that came of it."""
-    check_ptxas("--compare", "docs/cuda.md")
+    """sm_75, 80, 90, 100 and PTX; and registers.md has the table that came of it."""
+    check_ptxas("--compare", "tests/cuda/registers.md")
 
 
 @pytest.mark.cuda
