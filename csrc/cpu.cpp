@@ -316,7 +316,6 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows
         .lddcells = columns,
         .dh_n = data_or_null<scalar>(given.dh_n, d * state),
         .dc_n = data_or_null<scalar>(given.dc_n, d * state),
-        .delta = nullptr,
         .dx = out<scalar>(dx[d], 0),
         .dh0 = out<scalar>(grads[kHx], d * state),
         .dc0 = out<scalar>(grads[kCx], d * state),
@@ -328,13 +327,8 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows
     };
     bytes = std::max(bytes, whole_pages(table.backward_workspace(args[d], plan.members)));
   }
-  const size_t delta_bytes = whole_pages(layer.N * sizes.sums * layer.H * sizeof(scalar));
-  const Scratch scratch(layer.D * (delta_bytes + bytes));
-  for (int64_t d = 0; d < layer.D; ++d) {
-    std::byte* own = scratch.data() + d * (delta_bytes + bytes);
-    args[d].delta = reinterpret_cast<scalar*>(own);
-    args[d].workspace = own + delta_bytes;
-  }
+  const Scratch scratch(layer.D * bytes);
+  for (int64_t d = 0; d < layer.D; ++d) args[d].workspace = scratch.data() + d * bytes;
   const auto backward = table.backward;
   run_teams(layer.D, plan, [&](int64_t d, const Team& team) { backward(args[d], team); });
   if (layer.D == 2 && grads[kInput].numel() > 0) grads[kInput].add_(dx[1]);

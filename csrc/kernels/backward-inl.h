@@ -2,11 +2,6 @@
 // weights' gradients as products over rows. A thread that reads no other thread's rows works in
 // chunks of steps, so that delta is still in cache.
 
-// Rows of a chunk, of each part.
-template <typename CellType, typename scalar>
-constexpr int64_t kBackwardRows =
-    kSums<CellType> == 1 ? 2 * kOuterRows<scalar> : kOuterRows<scalar>;
-
 // The deltas of sequences' last steps, in a range of units: of rows of dy and of dh_n. Carries
 // begin here.
 template <typename CellType, typename scalar>
@@ -272,9 +267,7 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
   RowWalk input_rows(seq, space.slots, !args.reverse);
 
   const int64_t T = length_of(seq, space.slots.first);
-  const int64_t at_once =
-      kBackwardRows<CellType, scalar> * (space.last_part - space.first_part) / (n > 0 ? n : 1);
-  const int64_t chunk = group.size > 1 ? T : at_once > 1 ? at_once : 1;
+  const int64_t chunk = space.chunk < T ? space.chunk : T;
   for (int64_t done = 0; done < T; done += chunk) {
     const int64_t end = done + chunk < T ? done + chunk : T;
     const Range steps = args.reverse ? Range{done, end} : Range{T - end, T - done};

@@ -12,31 +12,34 @@ struct WeightSums {
 };
 
 // Where delta lies: the rows of each group of members beside each other, so that no core fetches
-// ahead what another group is about to write.
+// ahead what another group is about to write. A thread that works in chunks of steps keeps a ring
+// of the last ones, which stays in cache.
 template <typename scalar>
 struct DeltaRows {
   scalar* rows;
-  const int64_t* step_row;  // row of each step; null: t * slots
+  const int64_t* step_row;  // row of each step; null: (t & ring) * slots
+  int64_t ring;             // steps that are kept, a power of two, less one; -1: all
   int64_t first_slot, slots;
   int64_t width;  // of a row: all sums of every unit, [sums][H]
 
   scalar* operator()(int64_t t, int64_t slot) const {
-    const int64_t step = step_row != nullptr ? step_row[t] : t * slots;
-    return rows + (step + slot - first_slot) * width;
+    return rows + (step(t) + slot - first_slot) * width;
   }
   // From a step to the one after it in the direction of +1 or -1.
   int64_t distance(int64_t t, int64_t direction) const {
-    return (step_row != nullptr ? step_row[t + direction] - step_row[t] : direction * slots) *
-           width;
+    return (step(t + direction) - step(t)) * width;
   }
   // How many of `steps` steps from t on lie as far apart as t does from the one before it.
   int64_t regular(int64_t t, int64_t steps, int64_t direction) const {
-    if (step_row == nullptr) return steps;
+    if (step_row == nullptr && ring < 0) return steps;
     const int64_t first = distance(t - direction, direction);
     int64_t n = 1;
     while (n < steps && distance(t + (n - 1) * direction, direction) == first) ++n;
     return n;
   }
+
+ private:
+  int64_t step(int64_t t) const { return step_row != nullptr ? step_row[t] : (t & ring) * slots; }
 };
 
 template <typename CellType, typename scalar>
@@ -59,6 +62,7 @@ struct BackwardSpace {
   Team group;
   int first_part, last_part;  // of the group
   Range slots;                // of those
+  int64_t chunk;              // steps that are run before what follows from their deltas
   DeltaRows<scalar> delta;
   Sum* carry;  // [B][padded H], by slot
 
@@ -95,6 +99,27 @@ struct BackwardSpace {
 
     direct = parts == 1 && (kSumsAreResults || rows_in(seq) <= kOuterRows<scalar>);
 
+    // Rows of a chunk, of each part.
+    constexpr int64_t kRows = kOuterRows<scalar>;
+    constexpr int64_t kChunk = kSums<CellType> == 1 ? 2 * kRows : kRows;
+    const auto steps_of = [&](int64_t of_slots) {
+      const int64_t steps = kChunk * (last_part - first_part) / (of_slots > 0 ? of_slots : 1);
+      return steps > 1 ? steps : 1;
+    };
+    chunk = group.size > 1 ? seq.T : steps_of(slots.last - slots.first);
+    // Steps that are kept: those of a chunk, the one before it, and those with rows that are not
+    // yet summed. Sequences of their own lengths begin at steps far apart, whose deltas dh0 wants.
+    int64_t kept = 1;
+    const int64_t smallest = seq.B / parts;  // slots of a part
+    if (group.size == 1 && seq.lengths == nullptr && smallest > 0) {
+      const int64_t needed =
+          steps_of(smallest * (last_part - first_part)) + (kRows + smallest - 1) / smallest + 2;
+      while (kept < needed) kept *= 2;
+    } else {
+      kept = seq.T;
+    }
+    const bool ring = kept < seq.T;
+
     Arena arena(base);
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
     const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
@@ -120,6 +145,9 @@ struct BackwardSpace {
       zero_sums = arena.take<Sum>(zero_columns());
       zeros = reinterpret_cast<scalar*>(zero_sums);
     });
+    const int64_t width = kSums<CellType> * args.H;
+    arena.next_page();
+    scalar* deltas = arena.take<scalar>((ring ? kept * seq.B : rows_in(seq)) * width);
     arena.next_page();
     carry = arena.take<Sum>(CellType::kCarries ? seq.B * hidden.padded_columns() : 0);
     arena.take_each(team.size, team.rank, [&] {
@@ -135,9 +163,13 @@ struct BackwardSpace {
     }
     bytes = arena.used();
 
-    const int64_t width = kSums<CellType> * args.H;
-    const int64_t rows_before = rows_in(seq, {0, slots.first}, {0, seq.T});
-    delta = {args.delta + rows_before * width, step_row, slots.first, slots.last - slots.first,
+    const int64_t rows_before =
+        ring ? kept * slots.first : rows_in(seq, {0, slots.first}, {0, seq.T});
+    delta = {deltas != nullptr ? deltas + rows_before * width : nullptr,
+             step_row,
+             ring ? kept - 1 : -1,
+             slots.first,
+             slots.last - slots.first,
              width};
   }
 

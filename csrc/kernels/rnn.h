@@ -139,7 +139,6 @@ struct BackwardArgs {
   int64_t lddcells;
   const scalar* dh_n;  // [., H] or null: zeros
   const scalar* dc_n;  // [., H] or null: zeros
-  scalar* delta;       // [N, sums*H] scratch, aliases nothing; its rows are in an order of its own
   scalar* dx;          // [N, I]; rows outside every sequence are left alone
   scalar* dh0;         // [., H]; rows of no slot are left alone
   scalar* dc0;         // [., H]; rows of no slot are left alone

@@ -99,8 +99,6 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
   out.db_ih = output(4, 1, rows);
   out.db_hh = output(5, 1, rows);
   if (sizes.has_state) out.dc0 = output(6, p.states, p.H);
-  auto delta = array<scalar>(p.N, sizes.sums * p.H);
-  delta->fill(nan);
   BackwardArgs<scalar> args{};
   describe(p, split, &args);
   args.y = y.data;
@@ -112,7 +110,6 @@ Backward<scalar> backward(const Kernels<scalar>& kernels, const Problem<scalar>&
   args.lddcells = p.dcells ? p.dcells->ld : 0;
   args.dh_n = pointer(p.dh_n);
   args.dc_n = pointer(p.dc_n);
-  args.delta = delta->data;
   args.dx = pointer(out.dx);
   args.dh0 = pointer(out.dh0);
   args.dc0 = pointer(out.dc0);
