@@ -253,7 +253,7 @@ def test_what_a_build_lacks_is_one_line(tmp_path: Path) -> None:
 def test_the_table_of_tanh_is_what_its_tool_computes():
     tool = ROOT / "tools" / "tanh_table.py"
     made = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
-    assert made.stdout == (ROOT / "csrc" / "tanh-table-inl.h").read_text()
+    assert made.stdout == (ROOT / "csrc" / "kernels" / "tanh-table-inl.h").read_text()
 
 
 # Where the formulas are, and where a mode's name becomes a cell.
