@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from kinds import KINDS
 from torch.nn.utils.rnn import pack_sequence
 
 import charrnn_fast
@@ -120,12 +121,12 @@ def test_backward_of_small_layers():
 
 
 @pytest.mark.parametrize(
-    ("shape", "bidirectional"),
+    ("kind", "shape", "bidirectional"),
     [
-        ((100, 64, 64, 128), False),
-        ((60, 1, 64, 512), False),
-        ((4, 2, 3, 5), False),
-        ((200, 1, 16, 64), True),
+        (KINDS[0], (100, 64, 64, 128), False),
+        (KINDS[0], (4, 2, 3, 5), False),
+        (KINDS[0], (200, 1, 16, 64), True),
+        *[(kind, (60, 1, 64, 512), False) for kind in KINDS],
     ],
     ids=str,
 )

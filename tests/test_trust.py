@@ -389,7 +389,7 @@ import os, resource, torch, charrnn_fast
 torch.set_num_threads(1)
 kind = getattr(charrnn_fast, os.environ["NAME"])
 rnn = kind(64, 256, num_layers=2, bidirectional=True)
-x = torch.randn(200, 16, 64, requires_grad=True)
+x = torch.randn(60, 16, 64, requires_grad=True)
 small = torch.randn(3, 2, 64)
 def step(x):
     y, _ = rnn(x)
@@ -399,7 +399,7 @@ def used():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * 4096
 failures, successes, base = 0, 0, used()
-for extra in range(0, 240 << 20, 4 << 20):
+for extra in range(0, 60 << 20, 2 << 20):
     resource.setrlimit(resource.RLIMIT_AS, (used() + extra, resource.RLIM_INFINITY))
     try:
         got = step(x)
