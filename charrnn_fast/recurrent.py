@@ -442,9 +442,20 @@ def widened(call: Call, carried: Tensor | None, results: list[Tensor]) -> list[T
     return [result.to(torch.promote_types(before, result.dtype)) for result in results]
 
 
+def _own_tensor(argument: str, value: Any) -> Tensor:
+    """A tensor of an array's or a list's values, and no view of them: backward reads them again."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.tensor(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = f"{argument} must be a tensor, or what makes one, got {type(value).__name__}"
+        raise type(error)(f"{message}: {error}") from None
+
+
 def as_lengths(lengths: Any, batched: bool) -> Tensor:
     """Any integers as the op takes them; what is none is the op's to refuse."""
-    result = torch.as_tensor(lengths)
+    result = _own_tensor("lengths", lengths)
     other = (torch.int64, torch.bool)
     if result.dtype not in other and not result.is_floating_point() and not result.is_complex():
         result = result.to(torch.int64)
@@ -453,7 +464,7 @@ def as_lengths(lengths: Any, batched: bool) -> Tensor:
 
 def as_resets(name: str, argument: str, resets: Any, shape: tuple[int, ...]) -> Tensor:
     """``resets`` of a module of this name, whose shape must be this one."""
-    result = torch.as_tensor(resets)
+    result = _own_tensor(argument, resets)
     if result.dtype != torch.bool:
         raise ValueError(f"{name}: {argument} must be of dtype torch.bool, got {result.dtype}")
     if tuple(result.shape) != shape:

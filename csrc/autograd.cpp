@@ -98,6 +98,13 @@ struct SavedOperand {
   // Undefined where there was none.
   Tensor unpack() const { return kept.defined() ? kept : saved.unpack(); }
   bool unchanged() const { return !kept.defined() || version.unchanged(); }
+  // For what backward reads and no hook on saved tensors needs to see, in autograd's words.
+  void expect_unchanged(const char* name) const {
+    TORCH_CHECK(unchanged(),
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: ",
+                name, " of size ", kept.sizes());
+  }
   void reset() {
     saved.reset_data();
     kept.reset();
@@ -113,6 +120,7 @@ struct RnnLayerBackward : public Node {
     hx.reset();
     cx.reset();
     for (SavedOperand& weight : weights) weight.reset();
+    for (SavedOperand* each : {&batch_sizes, &lengths, &resets}) each->reset();
     y.reset_data();
     saved.reset_data();
     released = true;
@@ -139,8 +147,12 @@ struct RnnLayerBackward : public Node {
       params.push_back(weight.unpack());
       operands_unchanged = operands_unchanged && weight.unchanged();
     }
-    const Optional sizes = defined_or_none(batch_sizes), ragged = defined_or_none(lengths);
-    const Optional splits = defined_or_none(resets);
+    batch_sizes.expect_unchanged("batch_sizes");
+    lengths.expect_unchanged("lengths");
+    resets.expect_unchanged("resets");
+    const Optional sizes = defined_or_none(batch_sizes.unpack());
+    const Optional ragged = defined_or_none(lengths.unpack());
+    const Optional splits = defined_or_none(resets.unpack());
     const Call call{x, h0, c0, params, sizes, ragged, splits, mode, has_biases};
     // nn.RNN saves a private copy of each step, so its output may be changed in place. We save the
     // output itself; when it has been changed, it is computed once more, to the same bits.
@@ -162,7 +174,7 @@ struct RnnLayerBackward : public Node {
   std::vector<SavedOperand> weights;
   SavedVariable y, saved;
   Version y_version;
-  Tensor batch_sizes, lengths, resets;
+  SavedOperand batch_sizes, lengths, resets;
   std::string mode;
   // Places of the gradients of c_n and cells; negative where they are no results.
   int c_n_at = -1, cells_at = -1;
@@ -243,9 +255,9 @@ LayerResult layer_autograd(c10::DispatchKeySet keys, const Call& call) {
     node->weights.emplace_back(call.weights[i], reads.weights[kind]);
   }
   node->has_biases = call.has_biases;
-  node->batch_sizes = call.batch_sizes.value_or(Tensor());
-  node->lengths = call.lengths.value_or(Tensor());
-  node->resets = call.resets.value_or(Tensor());
+  if (call.batch_sizes.has_value()) node->batch_sizes = SavedOperand(*call.batch_sizes, false);
+  if (call.lengths.has_value()) node->lengths = SavedOperand(*call.lengths, false);
+  if (call.resets.has_value()) node->resets = SavedOperand(*call.resets, false);
   node->mode = std::string(call.mode);
 
   torch::autograd::set_history(y, node);

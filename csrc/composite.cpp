@@ -115,6 +115,13 @@ Rows find_rows(const Call& call) {
   return rows;
 }
 
+// The input as the formula may see it. What is past a sequence's end may be anything, nan too, and
+// a gradient of zero times that is nan.
+Tensor without_padding(const Tensor& input, const Rows& rows) {
+  if (rows.packed || !rows.valid.defined() || input.scalar_type() == at::kLong) return input;
+  return at::where(rows.valid, input, at::zeros_like(input));
+}
+
 // x W_ih' + b_ih over all rows; ids pick columns of W_ih instead.
 Tensor project(const Tensor& input, const Weights& w) {
   if (input.scalar_type() != at::kLong) return at::linear(input, w.W_ih, w.b_ih);
@@ -280,11 +287,12 @@ LayerResult forward(const Call& call) {
   check_kind(call);
   const Rows rows = find_rows(call);
   check_ids(call);
+  const Tensor input = without_padding(call.input, rows);
   std::vector<Tensor> y, cells, h_n, c_n;
   for (int64_t d = 0; d < directions_of(call); ++d) {
     const Weights w = weights_of(call, d);
     const bool reverse = d == 1;
-    const std::vector<Tensor> from_x = rows.padded(project(call.input, w)).unbind(0);
+    const std::vector<Tensor> from_x = rows.padded(project(input, w)).unbind(0);
     std::vector<Tensor> h_t(rows.T), c_t(rows.T);
     const Tensor like =
         sizes.gates == 1 ? from_x[0] : from_x[0].narrow_symint(-1, 0, w.W_hh.sym_size(1));
@@ -333,6 +341,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
               "saved must be what rnn_layer returned, or empty");
   check_ids(call);
   const Rows rows = find_rows(call);
+  const Tensor input = without_padding(call.input, rows);
   const int64_t D = directions_of(call);
   // The columns of one direction of what has those of all: [T, B, H].
   const auto columns = [&](const Tensor& of_all, int64_t d) {
@@ -356,7 +365,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
     const bool again = sizes.gates > 1;
     Tensor before, from_x;
     if (again || needs[first + 1]) before = states_before(y_d, start.h, rows, reverse);
-    if (again) from_x = rows.padded(project(call.input, w));
+    if (again) from_x = rows.padded(project(input, w));
     const StepsBackward steps(cell, w, rows, reverse, y_d, from_x, before, start);
 
     State grad = initial(given.dh_n, given.dc_n, sizes.has_state, d, like);
@@ -397,7 +406,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
         const Tensor zeros = at::zeros_like(w.W_ih).t();
         grads[first] = zeros.index_add(0, call.input.reshape(-1), flat_x).t();
       } else {
-        grads[first] = at::matmul(flat_x.t(), as_rows(call.input).conj());
+        grads[first] = at::matmul(flat_x.t(), as_rows(input).conj());
       }
     }
     if (needs[first + 1]) {

@@ -180,6 +180,15 @@ def test_odd_lengths_of_modules(kind: Kind, lengths: Any) -> None:
         kind.ours(I, H)(torch.randn(T, B, I), None, lengths)
 
 
+@pytest.mark.parametrize("argument", ["lengths", "resets"])
+@pytest.mark.parametrize("value", ["abc", object, [None], {}, [[1], [1, 2]]], ids=str)
+def test_what_is_no_tensor_is_named(kind: Kind, argument: str, value: Any) -> None:
+    """The message tells which argument it was, and of what type."""
+    expected = f"{argument} must be a tensor.*, got {type(value).__name__}"
+    with pytest.raises(REFUSALS, match=expected):
+        kind.ours(I, H)(torch.randn(T, B, I), **{argument: value})
+
+
 def test_huge_sizes_are_refused_or_too_much(kind: Kind) -> None:
     """Sizes beyond 2^63 bytes, and beyond the memory there is, raise; no size wraps around."""
     rnn = kind.ours(I, H)

@@ -164,6 +164,34 @@ def test_changed_operands_are_noticed(kind, what):
             output.sum().backward()
 
 
+@pytest.mark.parametrize("what", ["lengths", "resets"])
+def test_changed_lengths_and_resets_are_noticed(kind, what):
+    """A buffer of dones that is filled anew before backward must not cut what forward did not."""
+    given = {"lengths": torch.tensor([2, 4]), "resets": torch.rand(4, 2) < 0.5}[what]
+    output, _ = kind.ours(3, 5)(torch.randn(4, 2, 3), **{what: given})
+    given.fill_(1)
+    with pytest.raises(RuntimeError, match=f"modified by an inplace operation: {what}"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["lengths", "resets"])
+def test_arrays_of_lengths_and_resets_may_change(kind, what):
+    """NumPy's arrays have no versions, so a module keeps none of them."""
+    rnn, x = kind.ours(3, 5), torch.randn(4, 2, 3)
+    grads = []
+    for change in (False, True):
+        given = {"lengths": torch.tensor([2, 4]), "resets": torch.tensor([[0, 0], [0, 1]] * 2) > 0}
+        array = given[what].numpy()
+        rnn.zero_grad()
+        results = rnn(x, **{what: array})
+        if change:
+            array.fill(1)
+        loss_of(results).backward()
+        grads.append({name: p.grad.clone() for name, p in rnn.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
 def gradients_after(change, module, x, hx, loss=loss_of):
     """Gradients of the parameters where `change` comes between forward and backward.
 

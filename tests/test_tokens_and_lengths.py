@@ -111,6 +111,23 @@ def test_padding_is_never_read(kind, value):
     assert_same_bits(run(rnn, dirty, lengths=lengths), run(rnn, clean, lengths=lengths))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padding_is_never_read_by_the_formula(kind, value):
+    """Nor by the composite path, which create_graph takes."""
+    rnn = kind.ours(4, 6, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    lengths = torch.tensor([2, 5, 1])
+    padding = torch.arange(5)[:, None] >= lengths
+    found = []
+    for pad in (0.0, value):
+        leaves = [leaf(x.masked_fill(padding[..., None], pad)), *rnn.parameters()]
+        loss = loss_of(rnn(leaves[0], lengths=lengths))
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+        found.append({str(i): grad for i, grad in enumerate([*first, *second])})
+    assert_same(found[1], found[0])
+
+
 def test_lengths_may_be_a_list(kind):
     """A list of ints serves as lengths."""
     rnn = kind.ours(4, 6)
