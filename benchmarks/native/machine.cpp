@@ -33,7 +33,8 @@ void hide(T* value) {
   asm volatile("" : "+m"(*value));
 }
 
-// Starts each chain from a value of its own as far as the compiler knows: equal chains are computed once.
+// Starts each chain from a value of its own as far as the compiler knows: equal chains are computed
+// once.
 template <typename T, int n>
 void start(T (&chains)[n]) {
 #pragma GCC unroll 16
@@ -119,8 +120,8 @@ double fma_loop_on_two(int32_t first_cpu, int32_t second_cpu, int64_t rounds) {
 }
 
 // Reads `bytes` of `data` (a multiple of 8 vectors) `rounds` times; returns the bytes read. With
-// `in_turns` there and back, as a program that must read all of it each time may: what was read last
-// is still in L1 then.
+// `in_turns` there and back, as a program that must read all of it each time may: what was read
+// last is still in L1 then.
 double read_loop(const float* data, int64_t bytes, int64_t rounds, int32_t in_turns) {
   const Vector* p = reinterpret_cast<const Vector*>(data);
   const int64_t n = bytes / kBytes / 8 * 8;
@@ -140,19 +141,22 @@ double read_loop(const float* data, int64_t bytes, int64_t rounds, int32_t in_tu
   return static_cast<double>(n) * kBytes * static_cast<double>(rounds);
 }
 
-// A chain of integer additions, one a cycle: returns the cycles it takes.
+// A chain of integer operations, one a cycle: returns the cycles it takes. Additions alone will not
+// do: there are cores that take a constant's to the register renamer, where many are one. Neither
+// operand here is a constant, and no addition passes an exclusive or.
 double cycle_loop(int64_t cycles) {
-  int64_t x = 0;
+  int64_t x = 0, a = 0x9E3779B97F4A7C15, b = 0x2545F4914F6CDD1D;
+  asm volatile("" : "+r"(a), "+r"(b));
   for (int64_t i = 0; i < cycles; i += 32) {
-#define ADD(n) asm volatile("" : "+r"(x)); x += n;
-    // Two dependent instructions of one cycle each would be merged without the empty asm.
-    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
-    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
-    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
-    ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8)
-#undef ADD
+// The empty asm keeps the compiler from merging what follows each other.
+#define TWO                   \
+  x += a;                     \
+  asm volatile("" : "+r"(x)); \
+  x ^= b;                     \
+  asm volatile("" : "+r"(x));
+    TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO TWO
+#undef TWO
   }
-  hide(&x);
   return static_cast<double>((cycles + 31) / 32 * 32);
 }
 
