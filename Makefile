@@ -75,13 +75,13 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[bench]'
 	@touch $@
 
-# QUICK=1 takes under two minutes. RESULTS=benchmarks/results/<machine>.json is where runs to commit go.
+# QUICK=1 takes about two minutes. RESULTS=benchmarks/results/<machine>.json is where runs to commit go.
 bench: $(BUILT) $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(if $(QUICK),--quick) --benchmark-json=$(RESULTS) $(ARGS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 	-$(BIN)/python benchmarks/targets.py $(RESULTS)
 
-# The same shapes on this tree and on the commit BASE, in turns.
+# The same shapes on this tree and on the commit BASE, in turns. ARGS='--cell LSTM' where BASE has it.
 bench-compare: $(BUILT) $(VENV)/.bench
 	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
 

@@ -51,4 +51,4 @@ def bench_activation(mode, side_by_side, seconds):
         known = ~np.isnan(exact)
         side.info["max_ulp"] = ulps(value[known], exact[known])
         side.info["max_abs_error"] = float(np.abs(value[known] - exact[known]).max())
-    side_by_side(f"activation {mode}", Shape(x.numel(), 1, 1, 1), sides, budget=seconds / 4)
+    side_by_side(f"activation {mode}", "RNN", Shape(x.numel(), 1, 1, 1), sides, budget=seconds / 4)

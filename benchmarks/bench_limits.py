@@ -1,26 +1,28 @@
-"""One sequence, forward, against what L2 allows: each step reads all of W_hh once."""
+"""One sequence, forward, against what memory allows: each step reads all of W_hh once."""
 
 import pytest
 
 from . import native, peers
-from .common import Problem, Shape, check
+from .common import Shape, check, problem_of
 
 # Input of one column: next to nothing beside the recurrence.
-SHAPES = [Shape(1, 1000, 1, H) for H in (16, 128, 256)]
+HIDDEN = {"RNN": (16, 128, 256), "LSTM": (128, 256, 512), "GRU": (128, 256, 512)}
+CASES = [(cell, H) for cell, sizes in HIDDEN.items() for H in sizes]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_one_sequence_floor(shape, side_by_side, seconds):
-    problem = Problem(shape)
+@pytest.mark.parametrize(("cell", "H"), CASES)
+def bench_one_sequence_floor(cell, H, side_by_side, seconds):
+    problem = problem_of(cell, Shape(1, 1000 if H < 512 else 200, 1, H))
     side = peers.our_op(problem, False)
     check(side, problem.reference(False), 1e-4)
-    bandwidth = native.core_limits()["l2_read_gbytes"]
-    bytes_a_step = 4 * shape.H * shape.H
+    bytes_a_step = 4 * problem.kind.gates * H * H
+    bandwidth = native.read_gbytes(bytes_a_step, in_turns=False)
     side_by_side(
-        "L2 floor",
-        shape,
+        "reading floor",
+        cell,
+        problem.shape,
         [side],
         budget=seconds / 2,
-        floor=shape.T * bytes_a_step / (bandwidth * 1e9),  # seconds
-        l2_read_gbytes=bandwidth,
+        floor=problem.shape.T * bytes_a_step / (bandwidth * 1e9),  # seconds
+        read_gbytes=bandwidth,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import peers
-from .common import Problem, Shape, Side, check, named
+from .common import CELLS, Problem, Shape, Side, check
 
 SHAPES = [
     Shape(50, 50, 65, 128),
@@ -16,7 +16,8 @@ SHAPES = [
     Shape(1, 2, 65, 128),
     Shape(1, 2, 1000, 64),
 ]
-NAMES = ("y", "dW_ih", "dW_hh", "db")  # ids have no gradient
+GATED = SHAPES[:1] + SHAPES[2:3]
+CASES = [(cell, shape) for cell in CELLS for shape in (SHAPES if cell == "RNN" else GATED)]
 
 
 def sides_of(problem):
@@ -30,6 +31,8 @@ def sides_of(problem):
 
     one_hot = make_one_hot()
     problem.x = one_hot  # the reference sees one-hot
+    names = [name for name in problem.names if name != "dx"]  # ids have no gradient
+    ours, theirs = getattr(charrnn_fast, problem.cell), getattr(torch.nn, problem.cell)
 
     def op(name, x):
         with_x = copy.copy(problem)
@@ -40,28 +43,32 @@ def sides_of(problem):
 
     def module(name, cls, encode):
         rnn = problem.module(cls)
+        states = [state.clone().requires_grad_() for state in problem.states]
+        hx = problem.as_hx(states)
+        wanted = [*states, *rnn.parameters()]
 
         def train():
-            y, _ = rnn(encode())
-            return y.detach(), *torch.autograd.grad(y, list(rnn.parameters()), problem.dy)
+            y, _ = rnn(encode(), hx)
+            return y.detach(), *torch.autograd.grad(y, wanted, problem.dy)
 
-        run = train if cls is torch.nn.RNN else peers.fused(train, True)
-        return Side(name, run, lambda out: named(out, NAMES), grad=True)
+        run = train if cls is theirs else peers.fused(train, True)
+        return Side(name, run, lambda out: problem.named(out, names), grad=True)
 
     return [
         op("op, tokens", ids),
         op("op, one-hot", one_hot),
-        module("module, tokens", charrnn_fast.RNN, lambda: ids),
-        module("module, one-hot made", charrnn_fast.RNN, make_one_hot),
-        module("nn.RNN, one-hot made", torch.nn.RNN, make_one_hot),
+        module("module, tokens", ours, lambda: ids),
+        module("module, one-hot made", ours, make_one_hot),
+        module(f"{problem.torch_name}, one-hot made", theirs, make_one_hot),
     ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_tokens(shape, side_by_side):
-    problem = Problem(shape)
+@pytest.mark.parametrize(("cell", "shape"), CASES)
+def bench_tokens(cell, shape, side_by_side, seconds, left_out):
+    left_out(cell != "RNN")
+    problem = Problem(shape, cell)
     sides = sides_of(problem)
     expected = {name: value for name, value in problem.reference(True).items() if name != "dx"}
     for side in sides:
         check(side, expected, 1e-3)
-    side_by_side("tokens", shape, sides)
+    side_by_side("tokens", cell, shape, sides, budget=seconds / 2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,13 +25,23 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"B{self.B}-T{self.T}-I{self.I}-H{self.H}"
 
-    def flops(self, backward: bool) -> float:
-        """Operations of the matrix products; backward computes twice as many as forward."""
-        return 2.0 * self.B * self.T * self.H * (self.I + self.H) * (3 if backward else 1)
 
+class Cell(NamedTuple):
+    """What a hidden unit computes: everything that differs between cells outside the peers."""
+
+    mode: str  # of our ops
+    gates: int
+    states: tuple[str, ...]  # that go from step to step
+
+
+CELLS = {
+    "RNN": Cell("RNN_TANH", 1, ("h",)),
+    "LSTM": Cell("LSTM", 4, ("h", "c")),
+    "GRU": Cell("GRU", 3, ("h",)),
+}
 
 # Shapes are only ever added, so that results stay comparable.
-PEER_GRID = [
+RNN_PEER_GRID = [
     Shape(1, 100, 28, 12),
     Shape(3, 16, 15, 12),
     Shape(1, 100, 64, 128),
@@ -39,7 +51,7 @@ PEER_GRID = [
     Shape(32, 128, 128, 512),
     Shape(128, 50, 96, 256),
 ]
-OWN_GRID = [
+RNN_OWN_GRID = [
     Shape(1, 50, 1, 1),
     Shape(1, 200, 65, 16),
     Shape(2, 37, 5, 7),
@@ -52,61 +64,140 @@ OWN_GRID = [
     Shape(16, 64, 65, 128),
     Shape(24, 50, 100, 300),
 ]
-GRID = PEER_GRID + OWN_GRID
-QUICK_GRID = [*PEER_GRID[:5], Shape(32, 32, 128, 512)]
-
-NAMES = ("y", "dx", "dW_ih", "dW_hh", "db")
+GATED_GRID = [
+    Shape(1, 1, 28, 128),
+    Shape(1, 100, 64, 128),
+    Shape(1, 100, 128, 256),
+    Shape(1, 50, 128, 512),
+    Shape(4, 100, 64, 64),
+    Shape(16, 100, 64, 64),
+    Shape(32, 100, 64, 128),
+    Shape(64, 200, 96, 256),
+    Shape(32, 128, 128, 512),
+    Shape(128, 50, 96, 256),
+    Shape(20, 35, 200, 650),
+]
+GRIDS = {"RNN": RNN_PEER_GRID + RNN_OWN_GRID, "LSTM": GATED_GRID, "GRU": GATED_GRID}
+GATED_QUICK = [Shape(1, 100, 64, 128), Shape(4, 100, 64, 64), Shape(32, 32, 128, 256)]
+QUICK_GRIDS = {
+    "RNN": [*RNN_PEER_GRID[:5], Shape(32, 32, 128, 512)],
+    "LSTM": GATED_QUICK,
+    "GRU": GATED_QUICK,
+}
 
 
 @dataclass
 class Problem:
-    """One layer's weights and input, and the gradient dy that backward starts from.
+    """One layer's weights, input and initial state, and the gradient dy that backward starts from.
 
-    x is [T, B, I], dy [T, B, H], the weights as nn.RNN orders them.
+    x is [T, B, I], dy [T, B, D*H], each state [D, B, H], the weights as torch.nn orders them. With
+    `lengths` ([B], falling) sequences end early: x and dy are zero from there on.
     """
 
     shape: Shape
-    seed: int = 0
+    cell: str = "RNN"
+    lengths: torch.Tensor | None = None
+    bidirectional: bool = False
     x: torch.Tensor = field(init=False)
     dy: torch.Tensor = field(init=False)
+    states: list[torch.Tensor] = field(init=False)
     weights: list[torch.Tensor] = field(init=False)
     _reference: dict[bool, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         B, T, I, H = self.shape
-        random = torch.Generator().manual_seed(self.seed)
+        G, D = self.kind.gates, 2 if self.bidirectional else 1
+        random = torch.Generator().manual_seed(0)
         self.x = torch.randn(T, B, I, generator=random)
-        self.dy = torch.randn(T, B, H, generator=random)
-        bound = H**-0.5  # the initialisation of nn.RNN
+        self.dy = torch.randn(T, B, D * H, generator=random)
+        bound = H**-0.5  # the initialisation of torch.nn
         self.weights = [
             (torch.rand(*size, generator=random) * 2 - 1) * bound
-            for size in ((H, I), (H, H), (H,), (H,))
+            for size in ((G * H, I), (G * H, H), (G * H,), (G * H,)) * D
         ]
+        self.states = [torch.randn(D, B, H, generator=random) * 0.5 for _ in self.kind.states]
+        if self.lengths is not None:
+            over = torch.arange(T)[:, None] >= self.lengths
+            self.x[over], self.dy[over] = 0.0, 0.0
 
-    def module(self, cls: type[torch.nn.RNN] = torch.nn.RNN) -> torch.nn.RNN:
-        module = cls(self.shape.I, self.shape.H)
+    @property
+    def kind(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def torch_name(self) -> str:
+        return f"nn.{self.cell}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of all sequences together."""
+        return self.shape.B * self.shape.T if self.lengths is None else int(self.lengths.sum())
+
+    def flops(self, backward: bool) -> float:
+        """Operations of the matrix products; backward computes twice as many as forward."""
+        _, _, I, H = self.shape
+        directions = 2 if self.bidirectional else 1
+        once = 2.0 * self.steps * self.kind.gates * H * (I + H) * directions
+        return once * (3 if backward else 1)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same in another dtype; the reference stays that of the values before."""
+        other = copy.copy(self)
+        other.x, other.dy = self.x.to(dtype), self.dy.to(dtype)
+        other.weights = [w.to(dtype) for w in self.weights]
+        other.states = [s.to(dtype) for s in self.states]
+        return other
+
+    @property
+    def names(self) -> list[str]:
+        """y and the gradients, in the order of torch's results and of our op's."""
+        weights = ["dW_ih", "dW_hh", "db_ih", "db_hh"]
+        reverse = [f"{name}_reverse" for name in weights] if self.bidirectional else []
+        return ["y", "dx", *(f"d{state}0" for state in self.kind.states), *weights, *reverse]
+
+    def named(self, results: Iterable, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """y, or y and the gradients, as arrays by name."""
+        pairs = zip(names or self.names, results, strict=False)
+        return {name: np.asarray(value) for name, value in pairs}
+
+    def module(self, cls: type[torch.nn.RNNBase] | None = None) -> torch.nn.RNNBase:
+        cls = cls or getattr(torch.nn, self.cell)
+        dtype = self.weights[0].dtype
+        module = cls(self.shape.I, self.shape.H, bidirectional=self.bidirectional, dtype=dtype)
         with torch.no_grad():
             for parameter, value in zip(module.parameters(), self.weights, strict=True):
                 parameter.copy_(value)
         return module
 
+    @staticmethod
+    def as_hx(states: Sequence[torch.Tensor]):
+        """The states as a module takes them: a tensor, or a pair."""
+        return tuple(states) if len(states) > 1 else states[0]
+
     def reference(self, backward: bool) -> dict[str, np.ndarray]:
-        """nn.RNN in float64."""
+        """torch's module in float64."""
         if backward not in self._reference:
-            module, x = self.module().double(), self.x.double().requires_grad_(backward)
+            module = self.module().double()
+            inputs = [t.double().requires_grad_(backward) for t in (self.x, *self.states)]
             with torch.set_grad_enabled(backward):
-                y, _ = module(x)
+                x = inputs[0]
+                if self.lengths is not None:
+                    x = torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths)
+                y, _ = module(x, self.as_hx(inputs[1:]))
+                if self.lengths is not None:
+                    y, _ = torch.nn.utils.rnn.pad_packed_sequence(y, total_length=self.shape.T)
             results = [y.detach()]
             if backward:
-                inputs = [x, *list(module.parameters())[:3]]
+                inputs += module.parameters()
                 results += torch.autograd.grad(y, inputs, self.dy.double())
-            self._reference[backward] = named(results)
+            self._reference[backward] = self.named(results)
         return self._reference[backward]
 
 
-def named(tensors, names: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
-    """y, or y, dx, dW_ih, dW_hh, db, as arrays by name."""
-    return {name: np.asarray(tensor) for name, tensor in zip(names, tensors, strict=False)}
+@functools.cache
+def problem_of(cell: str, shape: Shape) -> Problem:
+    """The plain problem of a shape, with its reference: several topics measure the same ones."""
+    return Problem(shape, cell)
 
 
 @dataclass
@@ -173,7 +264,9 @@ def measure(
     for side in sides:
         begin(side)
         side.run()
-        once = min(time_calls(side.run, 1) for _ in range(3))
+        once = time_calls(side.run, 1)
+        if once < 10 * round_time:
+            once = min(once, *(time_calls(side.run, 1) for _ in range(2)))
         calls[side.name] = max(1, min(10_000, round(round_time / once)))
         warm[side.name] = once < 10 * round_time
     times: dict[str, list[float]] = {side.name: [] for side in sides}

@@ -1,11 +1,11 @@
 """Times this tree and another commit in turns: for the before and after of a change.
 
-    python benchmarks/compare.py [--seconds S] [--threads N] BASE [SHAPE ...]
+    python benchmarks/compare.py [--cell C] [--seconds S] [--threads N] BASE [SHAPE ...]
 
-A shape is B,T,I,H, such as 32,100,64,128. BASE is checked out into a git worktree under build/ and
-built there. Two builds do not fit into one process, so each side is a worker process; they take
-turns, round by round, pinned to one core unless there are several threads. Both are driven by this
-tree's harness: only charrnn_fast differs.
+A shape is B,T,I,H, such as 32,100,64,128; a cell RNN, LSTM or GRU, where BASE has it. BASE is
+checked out into a git worktree under build/ and built there. Two builds do not fit into one
+process, so each side is a worker process; they take turns, round by round, pinned to one core
+unless there are several threads. Both are driven by this tree's harness: only charrnn_fast differs.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def work(tree: str, threads: int) -> None:
     sides = {}
     for line in sys.stdin:
         request = json.loads(line)
-        key = (tuple(request["shape"]), request["backward"])
+        key = (request["cell"], tuple(request["shape"]), request["backward"])
         if key not in sides:
-            problem = common.Problem(common.Shape(*request["shape"]))
+            problem = common.problem_of(request["cell"], common.Shape(*request["shape"]))
             sides[key] = peers.our_op(problem, request["backward"])
             common.check(sides[key], problem.reference(request["backward"]), 1e-3)
         run = sides[key].run
@@ -93,20 +93,20 @@ def work(tree: str, threads: int) -> None:
         print(json.dumps(common.time_calls(run, request["calls"])), flush=True)
 
 
-def compare(base: str, shapes, seconds: float, threads: int) -> None:
+def compare(base: str, cell: str, shapes, seconds: float, threads: int) -> None:
     workers = {"before": Worker(built(base), threads), "after": Worker(ROOT, threads)}
     print(f"{'shape':>24} {'':16} {'before':>10} {'after':>10}  speed-up  (10%..90% of rounds)")
     for shape in shapes:
         for backward in (False, True):
-            cell = {"shape": shape, "backward": backward}
-            once = max(min(w.ask(**cell, calls=1) for _ in range(3)) for w in workers.values())
+            what = {"cell": cell, "shape": shape, "backward": backward}
+            once = max(min(w.ask(**what, calls=1) for _ in range(3)) for w in workers.values())
             calls = max(1, round(2e-3 / once))
             times: dict[str, list[float]] = {name: [] for name in workers}
             end = time.perf_counter() + seconds
             while len(times["before"]) < 9 or time.perf_counter() < end:
                 turn = list(workers) if len(times["before"]) % 2 else list(workers)[::-1]
                 for name in turn:
-                    times[name].append(workers[name].ask(**cell, calls=calls))
+                    times[name].append(workers[name].ask(**what, calls=calls))
             before, after = (statistics.median(times[name]) * 1e6 for name in workers)
             pairs = zip(times["before"], times["after"], strict=True)
             ratios = statistics.quantiles([b / a for b, a in pairs], n=10)
@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", nargs="?", help="a commit, tag or branch")
     parser.add_argument("shapes", nargs="*", help="B,T,I,H; the grid of the suite by default")
+    parser.add_argument("--cell", default="RNN", choices=["RNN", "LSTM", "GRU"])
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each comparison")
     parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--work-in", help=argparse.SUPPRESS)
@@ -132,10 +133,11 @@ def main() -> None:
     if not arguments.base:
         parser.error("which commit to compare with?")
     sys.path.insert(0, str(ROOT))
-    from benchmarks.common import QUICK_GRID, Shape
+    from benchmarks.common import QUICK_GRIDS, Shape
 
-    shapes = [Shape(*map(int, text.split(","))) for text in arguments.shapes] or QUICK_GRID
-    compare(arguments.base, shapes, arguments.seconds, arguments.threads)
+    shapes = [Shape(*map(int, text.split(","))) for text in arguments.shapes]
+    shapes = shapes or QUICK_GRIDS[arguments.cell]
+    compare(arguments.base, arguments.cell, shapes, arguments.seconds, arguments.threads)
 
 
 if __name__ == "__main__":

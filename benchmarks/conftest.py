@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from . import native, peers
-from .common import ALL_CPUS, GRID, QUICK_GRID, Shape, Side, begin, measure, use_threads
+from .common import ALL_CPUS, GRIDS, QUICK_GRIDS, Shape, Side, begin, measure, use_threads
 
 
 def pytest_addoption(parser):
@@ -35,10 +35,12 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
+    """`cell, shape` of a benchmark that names neither itself: the grid."""
     parametrized = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "shape" in metafunc.fixturenames and "shape" not in parametrized:
-        grid = QUICK_GRID if metafunc.config.getoption("--quick") else GRID
-        metafunc.parametrize("shape", grid, ids=str)
+    if "shape" in metafunc.fixturenames and not any("shape" in names for names in parametrized):
+        grids = QUICK_GRIDS if metafunc.config.getoption("--quick") else GRIDS
+        cases = [(cell, shape) for cell, shapes in grids.items() for shape in shapes]
+        metafunc.parametrize("cell, shape", cases, ids=[f"{c}-{s}" for c, s in cases])
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,17 @@ def quick(request) -> bool:
     return request.config.getoption("--quick")
 
 
+@pytest.fixture
+def left_out(quick):
+    """left_out(condition) skips what a quick run does without."""
+
+    def skip(condition: bool) -> None:
+        if quick and condition:
+            pytest.skip("left out of a quick run")
+
+    return skip
+
+
 @pytest.fixture(scope="session")
 def seconds(quick) -> float:
     """Time to spend on one comparison."""
@@ -78,7 +91,7 @@ def installed(request):
     def build(problem, backward: bool) -> list[Side]:
         sides = []
         for name, make in peers.PEERS.items():
-            if request.config.getoption("--ours-only") and name != "nn.RNN":
+            if request.config.getoption("--ours-only") and name != "torch":
                 continue
             try:
                 side = make(problem, backward)
@@ -111,7 +124,8 @@ def side_by_side(benchmark, request, seconds):
 
     def run(
         topic: str,
-        shape: Shape | None,
+        cell: str,
+        shape: Shape,
         sides: list[Side],
         threads: int = 1,
         budget: float | None = None,
@@ -125,7 +139,7 @@ def side_by_side(benchmark, request, seconds):
                 side.run()
             return {}
         times, calls = measure(sides, seconds if budget is None else budget, round_time=round_time)
-        group = f"{topic} {shape}" if shape else topic
+        group = f"{cell} {topic} {shape}"
         for side in sides:
             record = copy.copy(benchmark)
             record.name = f"{side.name} [{group}]"
@@ -135,8 +149,9 @@ def side_by_side(benchmark, request, seconds):
             record.extra_info = {
                 "topic": topic,
                 "side": side.name,
+                "cell": cell,
                 "threads": threads,
-                **(shape._asdict() if shape else {}),
+                **shape._asdict(),
                 **info,
                 **side.info,
             }

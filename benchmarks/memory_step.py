@@ -1,5 +1,6 @@
 """One training step in a fresh process; prints saved bytes and the growth of the peak as JSON."""
 
+import importlib
 import json
 import re
 import sys
@@ -16,14 +17,10 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
-    name, *numbers = sys.argv[1:]
+    package, cell, *numbers = sys.argv[1:]
     B, T, I, H, tokens = map(int, numbers)
     torch.set_num_threads(1)
-    if name == "charrnn_fast":
-        from charrnn_fast import RNN
-    else:
-        from torch.nn import RNN
-    module = RNN(I, H)
+    module = getattr(importlib.import_module(package), cell)(I, H)
     for _ in range(2):  # code and buffers that come with the first call are not the step's
         module(torch.zeros(2, 1, I))[0].sum().backward()
     if tokens:
@@ -34,7 +31,7 @@ def main() -> None:
     def encode():
         if not tokens:
             return x
-        return ids if name == "charrnn_fast" else torch.nn.functional.one_hot(ids, I).float()
+        return ids if package == "charrnn_fast" else torch.nn.functional.one_hot(ids, I).float()
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     saved: dict[int, int] = {}

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Cell, load
+from results import GATES, Comparison, load
 
-PEERS = ("nn.RNN", "JAX", "ONNX Runtime", "oneDNN")
-COLOURS = {"nn.RNN": "C3", "JAX": "C0", "ONNX Runtime": "C2", "oneDNN": "C1", "op": "black"}
+ENGINES = ("JAX", "ONNX Runtime", "oneDNN")  # the peers beside torch's module
+COLOURS = {"torch": "C3", "JAX": "C0", "ONNX Runtime": "C2", "oneDNN": "C1", "op": "black"}
 TOPICS = ("forward", "forward+backward")
+SEQUENCES = ("packed", "bidirectional")
 
 
 def microseconds(seconds: float) -> str:
@@ -37,57 +39,108 @@ def environment(data: dict) -> str:
     )
 
 
-def main_table(cells: list[Cell], topic: str) -> str:
-    peers = [p for p in PEERS if any(c.topic == topic and p in c.seconds for c in cells)]
+def of(found: list[Comparison], cell: str, topic: str) -> list[Comparison]:
+    return [c for c in found if c.cell == cell and c.topic == topic]
+
+
+def cells_of(found: list[Comparison]) -> list[str]:
+    """The cells that were measured."""
+    return [cell for cell in GATES if any(of(found, cell, topic) for topic in TOPICS)]
+
+
+def peers_of(cell: str) -> tuple[str, ...]:
+    return (f"nn.{cell}", *ENGINES)
+
+
+def colour(side: str) -> str:
+    return COLOURS["torch" if side.startswith("nn.") else side]
+
+
+def summary(found: list[Comparison]) -> str:
+    """A line a cell: geometric means over the grid, and the worst shape."""
+
+    def figure(chosen, ours, theirs):
+        ratios = [c.speedup(ours, theirs(c)) for c in chosen]
+        if not ratios:
+            return ""
+        return f"{statistics.geometric_mean(ratios):.2f}x ({min(ratios):.2f}x)"
+
+    lines = [
+        "| mean (worst) | op, forward | op, with gradients | module, forward | "
+        "module, with gradients | packed, with gradients |",
+        "|---|" + "---:|" * 5,
+    ]
+    for cell in cells_of(found):
+        figures = [
+            figure([c for c in of(found, cell, topic) if c.peers], side, theirs)
+            for side, theirs in (("op", Comparison.best_peer), ("module", lambda c: c.torch))
+            for topic in TOPICS
+        ]
+        figures.append(figure(of(found, cell, "packed"), "module", lambda c: c.torch))
+        lines.append(f"| {cell} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main_table(found: list[Comparison], cell: str, topic: str) -> str:
+    chosen = of(found, cell, topic)
+    peers = [p for p in peers_of(cell) if any(p in c.seconds for c in chosen)]
     lines = [
         f"| B T I H | {' | '.join(peers)} | our op | our module | op vs best peer | % of peak |",
         "|---|" + "---:|" * (len(peers) + 4),
     ]
-    for c in cells:
-        if c.topic != topic:
-            continue
+    for c in chosen:
         times = [microseconds(c.seconds[p]) if p in c.seconds else "" for p in peers]
         times += [microseconds(c.seconds["op"]), microseconds(c.seconds["module"])]
-        ratio = c.speedup("op", c.best_peer())
+        ratio = f"{c.speedup('op', c.best_peer()):.1f}x" if c.peers else ""
         share = f"{100 * c.share_of_peak():.0f}"
-        lines.append(f"| {c.B} {c.T} {c.I} {c.H} | {' | '.join(times)} | {ratio:.1f}x | {share} |")
+        lines.append(f"| {c.B} {c.T} {c.I} {c.H} | {' | '.join(times)} | {ratio} | {share} |")
     return "\n".join(lines)
 
 
-def side_table(cells: list[Cell], chosen, what: str, unit) -> str:
-    """One line a cell, one column a side: the small comparisons."""
-    cells = [c for c in cells if chosen(c)]
-    if not cells:
+def side_table(found: list[Comparison], chosen, what: str, unit) -> str:
+    """One line a comparison, one column a side, for small ones; torch's modules are one column."""
+    found = [c for c in found if chosen(c)]
+    if not found:
         return ""
-    sides = list(dict.fromkeys(s for c in cells for s in c.seconds if s != "FMA peak"))
+
+    def column(c, side):
+        return "torch's" if side == c.torch else side
+
+    sides = list(dict.fromkeys(column(c, s) for c in found for s in c.seconds if s != "FMA peak"))
     lines = [f"| {what} | {' | '.join(sides)} |", "|---|" + "---:|" * len(sides)]
-    for c in cells:
-        figures = [unit(c, c.seconds[s]) if s in c.seconds else "" for s in sides]
-        lines.append(f"| {c.topic}, {c.name} | {' | '.join(figures)} |")
+    for c in found:
+        figures = {column(c, side): unit(c, seconds) for side, seconds in c.seconds.items()}
+        row = " | ".join(figures.get(side, "") for side in sides)
+        lines.append(f"| {c.cell} {c.topic}, {c.name} | {row} |")
     return "\n".join(lines)
 
 
-def markdown(data: dict, cells: list[Cell], folder: str) -> str:
+def markdown(data: dict, found: list[Comparison], folder: str) -> str:
     stem = f"{folder}/" if folder else ""
     parts = [
-        f"{environment(data)}. Microseconds, float32, tanh, one thread on one pinned core; medians "
-        "of rounds in which all sides take turns, after each was checked against float64. Peers "
-        "without an autograd engine stand beside our op, called as they are, with arguments bound "
-        "once; `nn.RNN` beside our module.",
+        f"{environment(data)}. Float32, one thread on one pinned core; medians of rounds in which "
+        "all sides take turns, after each was checked against float64. Peers without an autograd "
+        "engine stand beside our op, called as they are, with arguments bound once; torch's module "
+        "beside our module.",
+        "Times faster than the best peer (op) and than torch's module, over the grid of shapes:",
+        summary(found),
     ]
     if "note" in data["machine_info"]:
         parts.append(data["machine_info"]["note"])
-    for topic in TOPICS:
-        name = "Forward" if topic == "forward" else "Forward and all gradients"
-        parts += [f"**{name}**", main_table(cells, topic)]
-    end_to_end = side_table(
-        cells,
-        lambda c: c.topic.startswith("charlm"),
-        "thousand characters/s",
-        lambda c, s: f"{c.info['characters'] / s / 1e3:,.1f}",
-    )
-    if end_to_end:
-        parts += ["**The character model, end to end**", end_to_end]
+    for cell in cells_of(found):
+        for topic in TOPICS:
+            name = "forward" if topic == "forward" else "forward and all gradients"
+            parts += [f"**{cell}, {name}** (microseconds)", main_table(found, cell, topic)]
+    tables = (
+        ("Sequences of different lengths, and both directions, with all gradients", SEQUENCES,
+         "microseconds", lambda c, s: microseconds(s)),
+        ("The character model, end to end", ("charlm",),
+         "thousand characters/s", lambda c, s: f"{c.info['characters'] / s / 1e3:,.1f}"),
+    )  # fmt: skip
+    for title, topics, what, unit in tables:
+        table = side_table(found, lambda c, t=topics: c.topic.startswith(t), what, unit)
+        if table:
+            parts += [f"**{title}**", table]
     parts.append(
         "\n".join(
             f"![{text}]({stem}{name}.png)"
@@ -105,84 +158,105 @@ def markdown(data: dict, cells: list[Cell], folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def plots(data: dict, cells: list[Cell], folder: Path) -> None:
+def plots(data: dict, found: list[Comparison], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "savefig.dpi": 130, "savefig.bbox": "tight"})
-    note = environment(data)
+    note, cells = environment(data), cells_of(found)
+    if not cells:
+        return
 
     def save(figure, name):
         figure.text(0, -0.02, note, fontsize=6, wrap=True, verticalalignment="top")
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         plt.close(figure)
 
-    # Speed-up by shape.
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), sharey=True)
-    for axis, topic in zip(axes, TOPICS, strict=True):
-        chosen = [c for c in cells if c.topic == topic]
-        for peer in PEERS:
-            points = [
-                (c.speedup("module" if peer == "nn.RNN" else "op", peer), row)
-                for row, c in enumerate(chosen)
-                if peer in c.seconds
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o", color=COLOURS[peer], label=peer)
-        axis.axvline(1, color="grey", linewidth=1)
-        axis.set_xscale("log")
-        axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
-        axis.set_title(f"{topic}: times faster than each peer")
-        axis.set_yticks(range(len(chosen)), [f"{c.B} {c.T} {c.I} {c.H}" for c in chosen])
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("B T I H")
-    axes[0].invert_yaxis()
+    def draw(axis, style, side, points, **more):
+        if points:
+            label = {"op": "charrnn_fast"}.get(side, side)
+            axis.plot(*zip(*points, strict=True), style, color=colour(side), label=label, **more)
+
+    def a_cell_each(height):
+        figure, axes = plt.subplots(
+            1, len(cells), figsize=(2 + 4 * len(cells), height), sharey=True, squeeze=False
+        )
+        return figure, list(zip(axes[0], cells, strict=True))
+
+    # Speed-up by shape: a row of plots a cell, as high as its grid.
+    shapes = [max(len(of(found, cell, topic)) for topic in TOPICS) for cell in cells]
+    figure, axes = plt.subplots(
+        len(cells),
+        2,
+        figsize=(11, 1 + sum(shapes) / 4 + len(cells)),
+        sharey="row",
+        squeeze=False,
+        height_ratios=[rows + 2 for rows in shapes],
+        layout="constrained",
+    )
+    for line, cell in zip(axes, cells, strict=True):
+        for axis, topic in zip(line, TOPICS, strict=True):
+            chosen = of(found, cell, topic)
+            for peer in peers_of(cell):
+                ours = "module" if peer.startswith("nn.") else "op"
+                points = [
+                    (c.speedup(ours, peer), row)
+                    for row, c in enumerate(chosen)
+                    if peer in c.seconds
+                ]
+                draw(axis, "o", peer, points)
+            axis.axvline(1, color="grey", linewidth=1)
+            axis.set_xscale("log")
+            axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+            axis.set_title(f"{cell}, {topic}: times faster than each peer")
+            axis.set_yticks(range(len(chosen)), [f"{c.B} {c.T} {c.I} {c.H}" for c in chosen])
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        line[0].set_ylabel("B T I H")
+        line[0].invert_yaxis()
     save(figure, "speedup")
 
     # Against the roof: the work a step offers at once decides how much of it can be reached.
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    chosen = [c for c in cells if c.topic == "forward+backward"]
-    for side in ("op", *PEERS):
-        points = [
-            (c.B * c.H, c.info["flops"] / c.seconds[side] / 1e9)
-            for c in chosen
-            if side in c.seconds
-        ]
-        if points:
-            label = "charrnn_fast" if side == "op" else side
-            axis.plot(*zip(*points, strict=True), "o", color=COLOURS[side], label=label, alpha=0.8)
-    if chosen:
-        peak = sorted(c.peak() for c in chosen)[len(chosen) // 2] / 1e9
-        axis.axhline(peak, color="grey", label=f"FMA peak, {peak:.0f} GFLOP/s")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("B x H: values computed a step")
-    axis.set_ylabel("GFLOP/s, forward and all gradients")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    figure, axes = a_cell_each(4.5)
+    for axis, cell in axes:
+        chosen = of(found, cell, "forward+backward")
+        for side in ("op", *peers_of(cell)):
+            points = [
+                (c.B * c.H, c.info["flops"] / c.seconds[side] / 1e9)
+                for c in chosen
+                if side in c.seconds
+            ]
+            draw(axis, "o", side, points, alpha=0.8)
+        if chosen:
+            peak = statistics.median(c.peak() for c in chosen) / 1e9
+            axis.axhline(peak, color="grey", label=f"FMA peak, {peak:.0f} GFLOP/s")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(cell)
+        axis.set_xlabel("B x H: values computed a step")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("GFLOP/s, forward and all gradients")
     save(figure, "roofline")
 
     # Scaling in T.
-    figure, axis = plt.subplots(figsize=(8, 4))
-    chosen = sorted((c for c in cells if c.topic == "scaling in T"), key=lambda c: c.T)
-    for side in ("op", *PEERS):
-        points = [(c.T, c.seconds[side] / c.T * 1e6) for c in chosen if side in c.seconds]
-        if points:
-            label = "charrnn_fast" if side == "op" else side
-            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[side], label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("T")
-    axis.set_ylabel("microseconds a step")
-    if chosen:
-        axis.set_title(
-            f"B={chosen[0].B} I={chosen[0].I} H={chosen[0].H}, forward and all gradients"
-        )
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    figure, axes = a_cell_each(4)
+    for axis, cell in axes:
+        chosen = sorted(of(found, cell, "scaling in T"), key=lambda c: c.T)
+        for side in ("op", *peers_of(cell)):
+            points = [(c.T, c.seconds[side] / c.T * 1e6) for c in chosen if side in c.seconds]
+            draw(axis, "o-", side, points)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("T")
+        if chosen:
+            shape = f"B={chosen[0].B} I={chosen[0].I} H={chosen[0].H}"
+            axis.set_title(f"{cell}, {shape}")
+            axis.legend(fontsize=7)
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("microseconds a step, forward and all gradients")
     save(figure, "scaling")
 
 
@@ -191,21 +265,21 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, help="file to update between its markers")
     arguments = parser.parse_args()
-    data, cells = load(arguments.results)
+    data, found = load(arguments.results)
     folder = arguments.results.with_suffix("")
     folder.mkdir(exist_ok=True)
-    plots(data, cells, folder)
+    plots(data, found, folder)
     if not arguments.readme:
-        print(markdown(data, cells, str(folder)))
+        print(markdown(data, found, str(folder)))
         return
     readme = arguments.readme.resolve()
     where = folder.resolve().relative_to(readme.parent).as_posix()
-    text = markdown(data, cells, where)
+    text = markdown(data, found, where)
     begin, end = "<!-- measured -->", "<!-- /measured -->"
-    found = re.compile(f"{begin}(.*{end})?", re.DOTALL)
+    marked = re.compile(f"{begin}(.*{end})?", re.DOTALL)
     old = readme.read_text()
     assert begin in old, f"{readme} has no {begin}"
-    readme.write_text(found.sub(lambda _: f"{begin}\n{text}\n{end}", old, count=1))
+    readme.write_text(marked.sub(lambda _: f"{begin}\n{text}\n{end}", old, count=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reading a results file: the records of one comparison as a Cell."""
+"""Reading a results file: the records of one comparison as a Comparison."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OURS = ("op", "module", "FMA peak")
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 
 @dataclass
-class Cell:
-    """One comparison: medians in seconds and what else was recorded, by side."""
+class Comparison:
+    """Medians in seconds and what else was recorded, by side."""
 
     topic: str
     info: dict
     seconds: dict[str, float]
     details: dict[str, dict]
+
+    @property
+    def cell(self) -> str:
+        return self.info.get("cell", "RNN")  # the only one in older results
+
+    @property
+    def torch(self) -> str:
+        """The side that is torch's module."""
+        return f"nn.{self.cell}"
 
     @property
     def B(self) -> int:
@@ -59,31 +69,36 @@ class Cell:
         All products at the FMA peak; but a step of the recurrence takes no less, forward and once
         more backward, than to read W_hh. Activations and packing are not counted.
         """
-        steps, peak = self.T, self.peak()
-        product = 2 * self.B * self.H  # operations, a step and a row of W_hh' or W_ih'
-        # Measured for some sizes: the next smaller one is read at least as fast.
-        rates = {int(H): rate for H, rate in limits.get("matrix_read_gbytes", {}).items()}
-        rate = min((rates[H] for H in rates if H <= self.H), default=math.inf)
-        recurrence = max(product * self.H / peak, 4 * self.H**2 / (rate * 1e9))
+        gates, peak = GATES[self.cell], self.peak()
+        product = 2 * gates * self.B * self.H  # operations, a step and a column of W_hh or W_ih
+        weights = 4 * gates * self.H**2  # bytes of W_hh
+        # Measured for [H, H] of some H: the next smaller one is read at least as fast.
+        rates = {4 * int(H) ** 2: rate for H, rate in limits.get("matrix_read_gbytes", {}).items()}
+        rate = min((rates[size] for size in rates if size <= weights), default=math.inf)
+        recurrence = max(product * self.H / peak, weights / (rate * 1e9))
         forward = recurrence + product * self.I / peak
         if not self.topic.endswith("backward"):
-            return steps * forward
+            return self.T * forward
         gradients = product * (2 * self.I + self.H) / peak  # dx, dW_ih, dW_hh
-        return steps * (forward + recurrence + gradients)
+        return self.T * (forward + recurrence + gradients)
 
     def share_of_peak(self, side: str = "op") -> float:
         return self.info["flops"] / self.seconds[side] / self.peak()
 
+    def roof(self, limits: dict) -> float:
+        """The share of the peak that a program of `floor` seconds has."""
+        return self.info["flops"] / self.floor(limits) / self.peak()
 
-def load(path: str | Path) -> tuple[dict, list[Cell]]:
-    """The file as it is, and its cells in order."""
+
+def load(path: str | Path) -> tuple[dict, list[Comparison]]:
+    """The file as it is, and its comparisons in order."""
     data = json.loads(Path(path).read_text())
-    cells: dict[str, Cell] = {}
+    found: dict[str, Comparison] = {}
     for record in data["benchmarks"]:
         info, side = record["extra_info"], record["extra_info"]["side"]
-        cell = cells.setdefault(record["group"], Cell(info["topic"], {}, {}, {}))
-        cell.seconds[side] = record["stats"]["median"]
-        cell.details[side] = info
+        comparison = found.setdefault(record["group"], Comparison(info["topic"], {}, {}, {}))
+        comparison.seconds[side] = record["stats"]["median"]
+        comparison.details[side] = info
         if side != "FMA peak":
-            cell.info.update(info)
-    return data, list(cells.values())
+            comparison.info.update(info)
+    return data, list(found.values())
