@@ -1,12 +1,18 @@
-"""Builds charrnn_fast._C. Everything else about the package is in pyproject.toml.
+"""Builds the kernels' library and the extension. All else about the package is in pyproject.toml.
+
+charrnn_fast/libcharrnn_fast_kernels.so holds the kernels, which know no torch. The extension that
+binds them to a torch, charrnn_fast._C, is thin: a wheel has one for each minor version of torch.
+Ninja runs the compilers: what is up to date stays. Without it everything is compiled every time.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA (1 builds the CUDA
 sources too, 0 does not; by default they are where torch has CUDA and its toolkit is found),
 CHARRNN_FAST_CUDA_ARCHS (compute capabilities, "75 80 90 100"; the last also as PTX),
 CHARRNN_FAST_MACHINE (the machine to compile for, when that is not this one; aarch64 or x86_64),
-CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the link; the
+CHARRNN_FAST_CXXFLAGS and CHARRNN_FAST_LDFLAGS (added to every compilation and to the links; the
 sanitizer builds use them), CHARRNN_FAST_VARIANT (ends the name of the folder of objects, so that a
-build with other flags or another compiler has its own).
+build with other flags or another compiler has its own), CHARRNN_FAST_TORCHES (folders of unpacked
+torch wheels, separated by ":"; one binding for each, in place of the one for the torch that is
+installed; `make wheels` uses it).
 """
 
 import glob
@@ -17,29 +23,26 @@ import platform
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 if sys.version_info < (3, 10):  # noqa: UP036  setup.py may be run by hand
     sys.exit(f"error: charrnn_fast needs Python 3.10+; this is {platform.python_version()}.")
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, ExecError
+from setuptools.errors import CompileError
 
 # An extension must be built against the torch it will run with. Under pip's build isolation the
 # environment that pip installs into is hidden; its torch is still the one to build against.
 if importlib.util.find_spec("torch") is None:
     sys.path.append(sysconfig.get_path("purelib"))
-HAVE_TORCH = importlib.util.find_spec("torch") is not None
-
-# Newer torch puts ccache before the compiler by itself, and fails where CXX already has it.
-for variable in ("CC", "CXX"):
-    wrapper, _, compiler = os.environ.get(variable, "").partition(" ")
-    if os.path.basename(wrapper) in ("ccache", "sccache") and compiler:
-        os.environ[variable] = compiler.strip()
+UNPACKED_TORCHES = list(filter(None, os.environ.get("CHARRNN_FAST_TORCHES", "").split(os.pathsep)))
+HAVE_TORCH = bool(UNPACKED_TORCHES) or importlib.util.find_spec("torch") is not None
 
 EXTRA_CXX_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_CXXFLAGS", ""))
 EXTRA_LD_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_LDFLAGS", ""))
@@ -50,7 +53,8 @@ CXX_FLAGS = [
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fstack-protector-strong"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
-LD_FLAGS = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
+LD_FLAGS = ["-Wl,--as-needed,-z,relro,-z,now,-z,noexecstack"]
+KERNELS = "libcharrnn_fast_kernels.so"
 
 # What csrc/kernels/isa_NAME.cpp is compiled with, by machine. No other file is compiled for more
 # than the machine's baseline, so that one binary serves every CPU.
@@ -65,17 +69,19 @@ ISA_FLAGS = {
     "aarch64": {"baseline": "", "neon": ""},
 }.get(os.environ.get("CHARRNN_FAST_MACHINE") or platform.machine(), {"baseline": ""})
 
-# What Python calls is declared in these: by their digest charrnn_fast/_extension.py tells whether
-# the extension goes with the Python files beside it.
-INTERFACE = ("csrc/generate.cpp", "csrc/module.cpp", "csrc/ops.cpp", "csrc/short_way.cpp")
-
 
 def interface_digest():
-    """The digest of INTERFACE."""
+    """Of the sources that declare what Python calls.
+
+    By it charrnn_fast/_extension.py, which does the same, tells whether the extension goes with the
+    Python files beside it.
+    """
     digest = hashlib.sha256()
-    for path in INTERFACE:
+    for path in sorted(glob.glob("csrc/*.cpp")):
         with open(path, "rb") as file:
-            digest.update(file.read())
+            text = file.read()
+        if b"m.def(" in text:
+            digest.update(text)
     return digest.hexdigest()
 
 
@@ -116,6 +122,10 @@ def cuda_choice():
         sys.exit("error: CHARRNN_FAST_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME.")
     if forced:
         return forced == "1", f"CHARRNN_FAST_CUDA={forced}"
+    if UNPACKED_TORCHES:
+        return False, "a wheel for several versions of torch has none"
+    import torch
+
     wanted, found = torch.version.cuda, toolkit_release()
     if wanted is None:
         return False, f"torch {torch.__version__} is built without CUDA"
@@ -138,31 +148,76 @@ def cuda_archs():
     return [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}" in known]
 
 
-def extension():
-    """The extension: binding files here, ISA files as objects of their own (see BuildKernels)."""
-    sources = sorted([*glob.glob("csrc/*.cpp"), "csrc/kernels/dispatch.cpp"])
-    headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
-    if not HAVE_TORCH:
-        return Extension("charrnn_fast._C", sources, depends=headers)
-    from torch.utils.cpp_extension import CppExtension
+class Torch(NamedTuple):
+    """What the build needs of a torch, and the module that is built against it."""
 
-    cuda, _ = cuda_choice()
-    if cuda:
-        sources += sorted(glob.glob("csrc/cuda/*.cpp"))
-        headers += sorted(glob.glob("csrc/cuda/*.cu*"))
-    ext = CppExtension("charrnn_fast._C", sources)
-    # torch's headers are not ours to warn about.
-    system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
-    ext.include_dirs = [os.path.abspath("csrc")]
-    # at::parallel_for is serial, without a word, where OpenMP is not on.
-    ext.extra_compile_args = {"cxx": [*CXX_FLAGS, "-fopenmp", *system, *EXTRA_CXX_FLAGS]}
-    ext.extra_link_args = ["-fopenmp", *LD_FLAGS, *EXTRA_LD_FLAGS]
-    if cuda:
-        # The static runtime: it is ours alone, and works beside a torch built without CUDA.
-        ext.library_dirs.append(os.path.join(cuda_home(), "lib64"))
-        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
-    ext.depends = [*headers, *isa_sources(), "setup.py"]
-    return ext
+    module: str
+    version: str
+    include_dirs: list[str]
+    library_dirs: list[str]
+
+    @property
+    def folder(self):
+        """The name of the folder of its objects. One that is unpacked has its headers elsewhere."""
+        return f"torch-{self.version}" + "-unpacked" * (self.module != "_C")
+
+
+def installed_torch():
+    """The torch that this environment has. Some distributions keep its headers elsewhere."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return Torch("_C", torch.__version__, include_paths(), library_paths())
+
+
+def unpacked_torch(folder):
+    """A torch that need not be fit to import: its headers, libraries and version.py are there."""
+    path = os.path.join(os.path.abspath(folder), "torch")
+    with open(os.path.join(path, "version.py"), encoding="utf-8") as file:
+        version = re.search(r"^__version__ = '(.+)'$", file.read(), re.MULTILINE).group(1)
+    minor = "_".join(version.split(".")[:2])
+    include = os.path.join(path, "include")
+    api = os.path.join(include, "torch", "csrc", "api", "include")
+    return Torch(f"_C_torch{minor}", version, [include, api], [os.path.join(path, "lib")])
+
+
+def torches():
+    """The versions of torch to build for."""
+    return [unpacked_torch(folder) for folder in UNPACKED_TORCHES] or [installed_torch()]
+
+
+def binding_sources():
+    """All that knows torch, without .cu files."""
+    return sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cuda/*.cpp") * cuda_choice()[0])
+
+
+def torch_headers():
+    """What to compile once a torch: the headers of torch that the sources include."""
+    included = set()
+    for path in binding_sources():
+        with open(path, encoding="utf-8") as file:
+            included.update(re.findall(r"^#include <((?:torch|ATen|c10)/.+)>$", file.read(), re.M))
+    # Python's own come first, with the header of torch that has them.
+    return sorted(included, key=lambda name: (not name.startswith("torch/csrc/utils/"), name))
+
+
+def ninja():
+    """The path of ninja, or None. Its package need not be on PATH."""
+    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
+    return shutil.which("ninja", path=path)
+
+
+def uses_ccache(compiler):
+    """Whether a compilation goes by a cache, which precompiled headers would defeat."""
+    programs = [os.path.basename(os.path.realpath(shutil.which(arg) or "")) for arg in compiler[:2]]
+    return any(program in ("ccache", "sccache") for program in programs)
+
+
+def extensions():
+    """What setuptools is to know: names. BuildKernels knows the rest."""
+    if not HAVE_TORCH:
+        return [Extension("charrnn_fast._C", [])]
+    return [Extension(f"charrnn_fast.{torch.module}", []) for torch in torches()]
 
 
 def check_toolchain():
@@ -189,98 +244,248 @@ def check_toolchain():
         os.environ["CXX"] = found
 
 
-if HAVE_TORCH:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension
+def object_path(folder, source):
+    """Where the object of a source in csrc goes."""
+    return os.path.join(folder, os.path.splitext(os.path.relpath(source, "csrc"))[0] + ".o")
 
-    class BuildKernels(BuildExtension):
-        """Compiles each ISA file with its own flags, and links the objects into the extension."""
 
-        def finalize_options(self):
-            super().finalize_options()
-            # One folder for every way of building (in place, editable, wheel), so that they share
-            # objects; another torch means another folder.
-            abi = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            variant = os.environ.get("CHARRNN_FAST_VARIANT", "")
-            self.build_temp = os.path.join("build", f"{abi}-torch-{torch.__version__}{variant}")
+def exports_of_kernels():
+    """The linker's list of what KERNELS exports, under a version that is the header's digest.
 
-        def run(self):
-            check_toolchain()
-            super().run()
+    A binding that was compiled with another rnn.h then asks for a version that is not there, and
+    the loader refuses it.
+    """
+    with open("csrc/kernels/rnn.h", "rb") as file:
+        version = hashlib.sha256(file.read()).hexdigest()[:16]
+    names = ("isa()", "isas()", "select_isa(char const*)")
+    listed = " ".join(f'"charrnn_fast::{name}";' for name in names)
+    return f'RNN_H_{version} {{ global: extern "C++" {{ {listed} }}; local: *; }};\n'
 
-        def build_extensions(self):
-            try:
-                super().build_extensions()
-            except RuntimeError as error:  # the compiler has said what is wrong
-                raise CompileError(str(error)) from None
 
-        def build_extension(self, ext):
-            def build_isa(item):
-                source, flags = item
-                name = os.path.splitext(os.path.basename(source))[0]
-                return self.compiler.compile(
-                    [source],
-                    output_dir=os.path.join(self.build_temp, name),
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=[*CXX_FLAGS, *flags, *EXTRA_CXX_FLAGS],
-                )
+class Step(NamedTuple):
+    """A run of a compiler or linker."""
 
-            # Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the
-            # kernels include no header of torch.
-            def build_cuda(source):
-                name = os.path.splitext(os.path.basename(source))[0]
-                out = os.path.abspath(os.path.join(self.build_temp, f"cuda_{name}.o"))
-                archs = cuda_archs()
-                flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-                flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-                host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
-                nvcc = os.path.join(cuda_home(), "bin", "nvcc")
-                os.makedirs(self.build_temp, exist_ok=True)
-                try:
-                    self.spawn([nvcc, "-O3", "-std=c++20", *flags, *host, "-c", source, "-o", out])
-                except ExecError as error:
-                    hint = "CHARRNN_FAST_CUDA=0 builds without the CUDA kernels"
-                    raise CompileError(f"{error}; {hint}") from None
-                return out
+    rule: str
+    output: str
+    inputs: list[str]
+    flags: list[str]
+    after: list[str]  # what it needs, too, without being told its name
 
-            with_cuda, why = cuda_choice()
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-            with ThreadPoolExecutor(jobs if self.use_ninja else 1) as pool:
-                for objects in pool.map(build_isa, isa_sources().items()):
-                    ext.extra_objects += objects
-                if with_cuda:
-                    ext.extra_objects += pool.map(build_cuda, sorted(glob.glob("csrc/cuda/*.cu")))
-            # Taken before, so that a source that changes meanwhile is noticed. With CUDA or without
-            # it is another extension, though no source is newer.
-            stamp = f"{torch.__version__}\n{interface_digest()}\n{why}\n"
-            path = self.version_file(self.build_lib)
-            if os.path.exists(path):
-                with open(path, encoding="ascii") as file:
-                    self.force = self.force or file.read().splitlines()[2:] != [why]
-            super().build_extension(ext)
-            with open(path, "w", encoding="ascii") as file:
-                file.write(stamp)
 
-        def copy_extensions_to_source(self):
-            super().copy_extensions_to_source()
-            shutil.copy(self.version_file(self.build_lib), self.version_file("."))
+class Steps:
+    """What is to be done, in an order in which it can be, and the two ways of doing it."""
 
-        def get_outputs(self):
-            return [*super().get_outputs(), self.version_file(self.build_lib)]
+    def __init__(self):
+        self.rules = {}  # commands, which may use $flags, $in and $out
+        self.steps = []
 
-        @staticmethod
-        def version_file(root):
-            """Where charrnn_fast/_extension.py reads with what the extension was built."""
-            return os.path.join(root, "charrnn_fast", "_C.torch")
+    def add(self, rule, output, inputs, flags, after=()):
+        """Makes `output` by `rule`. Returns `output`."""
+        self.steps.append(Step(rule, output, list(inputs), list(flags), list(after)))
+        return output
 
-else:
+    def by_ninja(self, program, folder, jobs):
+        """Whether all that is out of date could be made."""
 
-    class BuildKernels(build_ext):
-        """Says what is missing."""
+        def escape(path):
+            return re.sub(r"([$ :])", r"$\1", path)
 
-        def run(self):
-            check_toolchain()
+        lines = [f"builddir = {escape(folder)}"]
+        for name, command in self.rules.items():
+            lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+            if "$out.d" in command:
+                lines += ["  depfile = $out.d", "  deps = gcc"]
+        for step in self.steps:
+            inputs, after = (" ".join(map(escape, paths)) for paths in (step.inputs, step.after))
+            lines.append(f"build {escape(step.output)}: {step.rule} {inputs} | {after}")
+            lines.append("  flags = " + shlex.join(step.flags).replace("$", "$$"))
+        path = write(os.path.join(folder, "build.ninja"), "\n".join(lines) + "\n")
+        limit = ["-j", str(jobs)] if jobs else []
+        return subprocess.run([program, "-f", path, *limit], check=False).returncode == 0
+
+    def directly(self, jobs):
+        """Whether all could be made."""
+        running = {}
+
+        def make(step):
+            # Those were handed to the pool before: one of its threads has them, or had.
+            if not all(
+                running[path].result() for path in step.inputs + step.after if path in running
+            ):
+                return False
+            os.makedirs(os.path.dirname(step.output), exist_ok=True)
+            values = {"in": shlex.join(step.inputs), "out": shlex.quote(step.output)}
+            values["flags"] = shlex.join(step.flags)
+            command = string.Template(self.rules[step.rule]).substitute(values)
+            print(f"{step.rule} {step.output}", flush=True)
+            return subprocess.run(command, shell=True, check=False).returncode == 0
+
+        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+            for step in self.steps:
+                running[step.output] = pool.submit(make, step)
+            return all(future.result() for future in running.values())
+
+
+def write(path, text):
+    """Writes `text`; what depends on it stays up to date if it is there. Returns `path`."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        if file.read() != text:
+            file.truncate(0)
+            file.write(text)
+    return path
+
+
+class BuildKernels(build_ext):
+    """Compiles and links by ninja, and puts the results where setuptools wants them."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # One folder for every way of building (in place, editable, wheel), so that they share
+        # objects.
+        abi = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.build_temp = os.path.join("build", abi + os.environ.get("CHARRNN_FAST_VARIANT", ""))
+
+    def run(self):
+        check_toolchain()
+        super().run()
+
+    def build_extensions(self):
+        # Taken before, so that a source that changes meanwhile is noticed.
+        stamp = f"{interface_digest()}\n{cuda_choice()[1]}\n"
+        steps = self.steps()
+        jobs = int(os.environ.get("MAX_JOBS") or 0)
+        program = ninja()
+        done = steps.by_ninja(program, self.build_temp, jobs) if program else steps.directly(jobs)
+        if not done:  # the compiler has said what is wrong
+            hint = "; CHARRNN_FAST_CUDA=0 builds without the CUDA kernels" * cuda_choice()[0]
+            raise CompileError(f"the build failed{hint}")
+        folder = os.path.join(self.build_lib, "charrnn_fast")
+        os.makedirs(folder, exist_ok=True)
+        # An earlier build's bindings of other versions of torch would become part of the wheel.
+        for pattern in ("_C*.so", "_C*.torch"):
+            for path in glob.glob(os.path.join(folder, pattern)):
+                os.remove(path)
+        for built, name in self.results():
+            self.replace(built, os.path.join(folder, name))
+        for torch in torches():
+            with open(os.path.join(folder, f"{torch.module}.torch"), "w", encoding="ascii") as file:
+                file.write(f"{torch.version}\n{stamp}")
+
+    def steps(self):
+        """How to make everything from the sources."""
+        # Python's flags first, for ours to overrule. Where Python itself lies is no matter here.
+        compile_flags = self.compiler.compiler_so[1:]
+        linker = self.compiler.linker_so[1:]
+        link_flags = [flag for flag in linker if not flag.startswith(("-L", "-Wl,-rpath"))]
+        link_flags += [*LD_FLAGS, *EXTRA_LD_FLAGS]
+        compiler = shlex.split(os.environ["CXX"])
+        steps = Steps()
+        cxx = shlex.join(compiler).replace("$", "$$")
+        steps.rules["compile"] = f"{cxx} $flags -MMD -MF $out.d -c $in -o $out"
+        steps.rules["precompile"] = f"{cxx} $flags -MMD -MF $out.d -x c++-header $in -o $out"
+        # Unlinked first: a process may have the old one mapped.
+        steps.rules["link"] = f"rm -f $out && {cxx} $in $flags -o $out"
+
+        folder = os.path.join(self.build_temp, "kernels")
+        flags = [*compile_flags, *CXX_FLAGS, "-Icsrc"]
+        objects = [
+            steps.add(
+                "compile",
+                object_path(self.build_temp, path),
+                [path],
+                [*flags, *isa, *EXTRA_CXX_FLAGS],
+            )
+            for path, isa in {**isa_sources(), "csrc/kernels/dispatch.cpp": []}.items()
+        ]
+        exports = write(os.path.join(folder, "exports.map"), exports_of_kernels())
+        kernels = os.path.join(folder, KERNELS)
+        flags = [f"-Wl,-soname,{KERNELS}", f"-Wl,--version-script={exports}", "-Wl,-Bsymbolic"]
+        steps.add("link", kernels, objects, [*link_flags, *flags], [exports])
+
+        cuda = self.cuda_objects(steps)
+        for torch in torches():
+            folder = os.path.join(self.build_temp, torch.folder)
+            # torch's headers are not ours to warn about.
+            flags = [flag for path in torch.include_dirs for flag in ("-isystem", path)]
+            flags += [f"-I{path}" for path in self.include_dirs]
+            # at::parallel_for is serial, without a word, where OpenMP is not on.
+            flags = [*compile_flags, *CXX_FLAGS, "-fopenmp", "-Icsrc", *flags, *EXTRA_CXX_FLAGS]
+            precompiled = []
+            if not uses_ccache(compiler):
+                lines = [f"#include <{name}>\n" for name in torch_headers()]
+                header = write(os.path.join(folder, "torch_headers.h"), "".join(lines))
+                # The name that g++ looks for; clang++ takes it too.
+                precompiled = [steps.add("precompile", f"{header}.gch", [header], flags)]
+                flags = [*flags, "-include", header]
+            objects = [
+                steps.add("compile", object_path(folder, path), [path], flags, precompiled)
+                for path in binding_sources()
+            ]
+            flags = [
+                "-fopenmp",
+                "-Wl,-rpath,$ORIGIN",
+                *(f"-L{path}" for path in torch.library_dirs),
+            ]
+            flags += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+            if cuda:
+                # The static runtime: it is ours alone, and works beside a torch without CUDA.
+                flags += [f"-L{os.path.join(cuda_home(), 'lib64')}"]
+                flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            output = os.path.join(folder, f"{torch.module}.so")
+            steps.add("link", output, [*objects, *cuda, kernels], [*link_flags, *flags])
+        return steps
+
+    def cuda_objects(self, steps):
+        """Of the .cu files, where they are wanted.
+
+        Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the kernels
+        include no header of torch.
+        """
+        if not cuda_choice()[0]:
+            return []
+        archs = cuda_archs()
+        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        flags = ["-O3", "-std=c++20", *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+        nvcc = shlex.quote(os.path.join(cuda_home(), "bin", "nvcc"))
+        steps.rules["nvcc"] = f"{nvcc} $flags -MMD -MF $out.d -c $in -o $out"
+        return [
+            steps.add("nvcc", object_path(self.build_temp, path), [path], flags)
+            for path in sorted(glob.glob("csrc/cuda/*.cu"))
+        ]
+
+    @staticmethod
+    def replace(source, target):
+        """Copies, also over a newer file. A process that has the old one mapped keeps it."""
+        if os.path.exists(target):
+            os.remove(target)
+        shutil.copy2(source, target)
+
+    def results(self):
+        """What was linked, and the name of each in the package."""
+        yield os.path.join(self.build_temp, "kernels", KERNELS), KERNELS
+        for torch in torches():
+            folder = os.path.join(self.build_temp, torch.folder)
+            name = os.path.basename(self.get_ext_filename(f"charrnn_fast.{torch.module}"))
+            yield os.path.join(folder, f"{torch.module}.so"), name
+
+    def files(self):
+        """The names, in the package, of all that this command makes."""
+        stamps = [f"{torch.module}.torch" for torch in torches()]
+        return [*(name for _, name in self.results()), *stamps]
+
+    def copy_extensions_to_source(self):
+        package = self.get_finalized_command("build_py").get_package_dir("charrnn_fast")
+        for name in self.files():
+            self.replace(
+                os.path.join(self.build_lib, "charrnn_fast", name), os.path.join(package, name)
+            )
+
+    def get_outputs(self):
+        return [os.path.join(self.build_lib, "charrnn_fast", name) for name in self.files()]
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildKernels})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

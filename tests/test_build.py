@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -37,10 +39,12 @@ def run(*command: str) -> str:
 
 
 def built_objects() -> list[Path]:
-    """Every object of the extension, the bindings' too."""
-    isa_objects = [Path(path) for path in objects()]
-    build = next(path for path in isa_objects if path.name == "dispatch.o").parents[2]
-    return [*isa_objects, *(path for path in build.glob("csrc/*.o") if path not in isa_objects)]
+    """Every object of the kernels' library and of the extension."""
+    kernels = [Path(path) for path in objects()]
+    binding = kernels[0].parents[1] / f"torch-{torch.__version__}"
+    sources = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
+    made = [binding / source.with_suffix(".o") for source in sources]
+    return [*kernels, *(path for path in made if path.exists())]
 
 
 @needs_objects
@@ -77,15 +81,144 @@ def test_kernels_neither_allocate_nor_start_threads() -> None:
             assert names <= allowed, f"{path.name} uses {sorted(names - allowed)}"
 
 
-@needs_objects
-def test_extension_is_hardened() -> None:
-    """No executable stack, no writable relocations once loaded."""
+def libraries() -> tuple[Path, Path]:
+    """The extension and the kernels' library, as they are loaded."""
     from charrnn_fast import _C
 
-    headers = run("objdump", "-p", _C.__file__)
+    return Path(_C.__file__), Path(_C.__file__).with_name(_extension.KERNELS)
+
+
+@needs_objects
+@pytest.mark.parametrize("which", [0, 1])
+def test_libraries_are_hardened(which: int) -> None:
+    """No executable stack, no writable relocations once loaded."""
+    headers = run("objdump", "-p", str(libraries()[which]))
     assert re.search(r"STACK.*\n.*flags rw-", headers)
     assert "RELRO" in headers
     assert "BIND_NOW" in headers or re.search(r"FLAGS_1\s+0x0*1\b", headers)
+
+
+@needs_objects
+def test_the_kernels_library_exports_what_its_header_declares() -> None:
+    """Three functions, under a version that is the header's digest, and nothing of torch in it."""
+    binding, kernels = libraries()
+    header = ROOT / "csrc" / "kernels" / "rnn.h"
+    version = "RNN_H_" + hashlib.sha256(header.read_bytes()).hexdigest()[:16]
+    exported = run("nm", "-DC", "--defined-only", str(kernels)).splitlines()
+    functions = {line.split(maxsplit=2)[2] for line in exported if " T " in line}
+    names = ("isa()", "isas()", "select_isa(char const*)")
+    assert functions == {f"charrnn_fast::{name}@@{version}" for name in names}
+    assert len(exported) == len(functions) + 1  # and the version
+    declared = re.findall(r"^CHARRNN_FAST_EXPORT .*?(\w+)\(", header.read_text(), re.MULTILINE)
+    assert sorted(declared) == sorted(name.partition("(")[0] for name in names)
+
+    needed = re.findall(r"NEEDED\s+(\S+)", run("objdump", "-p", str(kernels)))
+    assert not [name for name in needed if "torch" in name or "c10" in name or "gomp" in name]
+    headers = run("objdump", "-p", str(binding))
+    assert _extension.KERNELS in re.findall(r"NEEDED\s+(\S+)", headers)
+    assert re.findall(r"R(?:UN)?PATH\s+(\S+)", headers) == ["$ORIGIN"]
+    assert [line for line in run("nm", "-DC", str(binding)).splitlines() if f"@{version}" in line]
+
+
+SUFFIX = EXTENSION_SUFFIXES[0]
+
+
+def folder_of(path: Path, *names: str) -> Path:
+    """A folder with empty files of these names."""
+    for name in names:
+        (path / name).touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("running", "chosen"),
+    [("2.13.0+cpu", "_C_torch2_13"), ("2.9.1", "_C_torch2_9"), ("2.14.1", "_C")],
+)
+def test_the_binding_of_the_running_torch_is_chosen(
+    tmp_path: Path, running: str, chosen: str
+) -> None:
+    """Of a wheel's bindings, that of the minor version; else the one that was built from source."""
+    stems = ("_C_torch2_13", "_C_torch2_9", "_C")
+    folder_of(tmp_path, *(stem + SUFFIX for stem in stems), *(f"{stem}.torch" for stem in stems))
+    assert _extension.choose(tmp_path, running).name == chosen + SUFFIX
+
+
+@pytest.mark.parametrize("running", ["2.9.1", "2.15.0a0+git", "3.0.0"])
+def test_a_torch_that_a_wheel_does_not_serve_is_one_sentence(tmp_path: Path, running: str) -> None:
+    """It names those that are served, in order, and the ways out."""
+    stems = ("_C_torch2_14", "_C_torch2_10")
+    folder_of(tmp_path, *(stem + SUFFIX for stem in stems), *(f"{stem}.torch" for stem in stems))
+    message = (
+        rf"^charrnn_fast has bindings for torch 2\.10, 2\.14, and none for torch "
+        rf"{re.escape(running)}: install one of these versions of torch, or .*, or build it"
+    )
+    with pytest.raises(ImportError, match=message):
+        _extension.choose(tmp_path, running)
+
+
+@pytest.mark.parametrize("stem", ["_C", "_C_torch2_13"])
+def test_a_binary_of_another_python_is_named(tmp_path: Path, stem: str) -> None:
+    """Not as missing, and not as a circular import."""
+    other = f"{stem}.cpython-39-x86_64-linux-gnu.so"
+    folder_of(tmp_path, other, f"{stem}.torch")
+    with pytest.raises(ImportError, match=rf"was built for CPython 3\.9 \({re.escape(other)}\)"):
+        _extension.choose(tmp_path, "2.13.0")
+    (tmp_path / other).unlink()
+    with pytest.raises(ImportError, match=rf"is incomplete, {stem}\.cpython.* is missing: install"):
+        _extension.choose(tmp_path, "2.13.0")
+
+
+def test_one_sentence_on_every_broken_installation(tmp_path: Path) -> None:
+    """Each part missing or cut off, and parts of two builds; the copy that was left whole loads."""
+    binding, kernels = libraries()
+    stem = binding.name.partition(".")[0]
+    installed = binding.parent
+    version = re.search(rb"RNN_H_[0-9a-f]{16}", kernels.read_bytes())
+    assert version is not None
+
+    def cut(path: Path, size: int) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    def other_header(path: Path) -> None:
+        path.write_bytes(path.read_bytes().replace(version.group(), b"RNN_H_" + b"0" * 16))
+
+    def rename(path: Path) -> None:
+        path.rename(path.with_name(f"{stem}.cpython-39-x86_64-linux-gnu.so"))
+
+    size = binding.stat().st_size
+    cases: list[tuple[str, Callable[[Path], None], str]] = [
+        (binding.name, Path.unlink, "is incomplete, .* is missing: install"),
+        (binding.name, rename, r"was built for CPython 3\.9"),
+        (binding.name, lambda path: cut(path, 0), "is damaged, .* is no whole library: install"),
+        (binding.name, lambda path: cut(path, size // 2), "is damaged, .* is no whole library"),
+        (binding.name, lambda path: cut(path, size - 1), "is damaged, .* is no whole library"),
+        (binding.name, lambda path: path.write_bytes(b"x" * size), "is damaged"),
+        (kernels.name, Path.unlink, "is incomplete, lib.* is missing: install"),
+        (kernels.name, lambda path: cut(path, 100000), "is damaged, lib.* is no whole library"),
+        (kernels.name, other_header, "is of two builds, lib.* is not of that of _C.*: install"),
+        (f"{stem}.torch", Path.unlink, r"is incomplete, _C.*\.torch is missing: install"),
+        ("py.typed", lambda path: None, "loads"),
+    ]
+    for number, (name, damage, _) in enumerate(cases):
+        copy = tmp_path / str(number) / "charrnn_fast"
+        shutil.copytree(installed, copy, ignore=shutil.ignore_patterns("__pycache__", "charlm"))
+        damage(copy / name)
+    script = """
+import sys, torch
+for number in range(int(sys.argv[1])):
+    sys.path.insert(0, f"{sys.argv[2]}/{number}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "charrnn_fast"]:
+        del sys.modules[name]
+    try:
+        import charrnn_fast
+        print("loads")
+    except ImportError as error:
+        print(*str(error).splitlines())
+"""
+    printed = run(sys.executable, "-c", script, str(len(cases)), str(tmp_path)).splitlines()
+    for number, (line, (name, _, message)) in enumerate(zip(printed, cases, strict=True)):
+        assert re.search(message, line), (number, name, line)
+        assert "circular" not in line
 
 
 @pytest.mark.parametrize("running", ["2.9.1", "2.14.0+cu130", "3.0.0"])
@@ -104,19 +237,21 @@ def test_a_patch_release_of_torch_is_accepted(running: str) -> None:
 
 
 def test_the_extension_says_what_it_was_built_with() -> None:
-    """The file beside the extension is of this build."""
-    assert _extension.built_with() == torch.__version__
+    """The file beside the extension is of this build, or of a patch release beside this one."""
+    assert _extension.built_with().split(".")[:2] == torch.__version__.split(".")[:2]
 
 
 def test_a_stale_extension_is_one_sentence(tmp_path: Path) -> None:
     """After a pull without a build, what was built before is refused before it is loaded."""
-    for name in _extension.INTERFACE:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("an op\n", encoding="utf-8")
-    digest = hashlib.sha256(b"an op\n" * len(_extension.INTERFACE)).hexdigest()
+    _extension.check_sources([torch.__version__], tmp_path)  # no sources, as where wheels go
+    declares = tmp_path / "csrc" / "ops.cpp"
+    declares.parent.mkdir()
+    declares.write_text('m.def("an op");\n', encoding="utf-8")
+    digest = hashlib.sha256(declares.read_bytes()).hexdigest()
+    # What declares nothing may change without the Python files knowing.
+    (tmp_path / "csrc" / "kernels.cpp").write_text("int kernel();\n", encoding="utf-8")
     _extension.check_sources([torch.__version__, digest], tmp_path)
-    (tmp_path / _extension.INTERFACE[0]).write_text("another op\n", encoding="utf-8")
+    declares.write_text('m.def("another op");\n', encoding="utf-8")
     for stamp in ([torch.__version__, digest], [torch.__version__]):
         with pytest.raises(ImportError, match=r"is older than the sources in .*: run `make build`"):
             _extension.check_sources(stamp, tmp_path)
@@ -125,15 +260,8 @@ def test_a_stale_extension_is_one_sentence(tmp_path: Path) -> None:
 @needs_objects
 def test_the_extension_goes_with_its_sources() -> None:
     """The digest beside the extension is that of the sources that it was built from."""
-    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in _extension.INTERFACE))
     stamp = Path(_extension.__file__).with_name("_C.torch").read_text(encoding="ascii").splitlines()
-    assert stamp[:2] == [torch.__version__, digest.hexdigest()]
-    declared = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "csrc").glob("*.cpp")
-        if re.search(r"\bm\.def\(", path.read_text())
-    }
-    assert declared == set(_extension.INTERFACE)
+    assert stamp[:2] == [torch.__version__, _extension.interface_digest(ROOT)]
 
 
 def test_a_missing_extension_is_one_sentence(tmp_path: Path) -> None:

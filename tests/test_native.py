@@ -9,18 +9,16 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 
 
 def objects() -> list[str]:
-    """The object files that the extension in this source tree was linked from."""
-    found = []
-    for folder in (ROOT / "build").glob(f"{sysconfig.get_platform()}*-torch-{torch.__version__}"):
-        found += sorted(str(path) for path in folder.glob("isa_*/csrc/kernels/isa_*.o"))
-        found += [str(path) for path in folder.glob("csrc/kernels/dispatch.o")]
-    return found
+    """The object files that the kernels' library in this source tree was linked from."""
+    folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    sources = sorted((ROOT / "csrc" / "kernels").glob("*.cpp"))
+    made = [folder / "kernels" / f"{source.stem}.o" for source in sources]
+    return [str(path) for path in made if path.exists()]
 
 
 @pytest.fixture(scope="module")

@@ -215,12 +215,15 @@ struct Isa {
   const Kernels<bfloat16>* bf16;  // null where there are no products of bfloat16
 };
 
+// What the kernels' shared library exports; setup.py lists the names for the linker.
+#define CHARRNN_FAST_EXPORT __attribute__((visibility("default")))
+
 // The ISA in use: the best one that this CPU supports and that pays on it, unless CHARRNN_FAST_ISA
 // or select_isa named another.
-const Isa& isa();
+CHARRNN_FAST_EXPORT const Isa& isa();
 // Every ISA compiled into this binary, best first; null-terminated.
-const Isa* const* isas();
+CHARRNN_FAST_EXPORT const Isa* const* isas();
 // Selects by name. False when the name is unknown or the CPU cannot run it; nothing changes then.
-bool select_isa(const char* name);
+CHARRNN_FAST_EXPORT bool select_isa(const char* name);
 
 }  // namespace charrnn_fast
