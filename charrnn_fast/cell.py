@@ -7,7 +7,16 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from charrnn_fast import ops
-from charrnn_fast.recurrent import ODD, Call, Fused, as_resets, describe, is_autocast, widened
+from charrnn_fast.recurrent import (
+    ODD,
+    Call,
+    Fused,
+    as_resets,
+    describe,
+    is_autocast,
+    left_to_old_exporter,
+    widened,
+)
 from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
@@ -21,6 +30,27 @@ class Cell(Fused, nn.RNNCellBase):
     before the step. A scripted or exported program that holds a cell needs ``import charrnn_fast``
     where it is loaded.
     """
+
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
+        """One step.
+
+        Args:
+            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
+            hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
+
+        Returns:
+            The next state, of the shape of ``hx``.
+        """
+        if is_scripting():
+            return self._scripted(input, hx, None, reset, self._script_mode())[0]
+        return self._step(input, hx, reset)  # type: ignore[no-any-return]
+
+    def _script_mode(self) -> str:
+        """The op's name of the cell, for TorchScript; see mode_of."""
+        raise NotImplementedError
 
     def _step(self, input: Tensor, hx: Any, reset: Any) -> Any:
         """``forward`` outside of TorchScript."""
@@ -79,22 +109,8 @@ class RNNCell(Cell, nn.RNNCell):
 
     _stock = nn.RNNCell
 
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
-    ) -> Tensor:
-        """One step.
-
-        Args:
-            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
-            hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
-            reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
-
-        Returns:
-            The next state, of the shape of ``hx``.
-        """
-        if is_scripting():
-            return self._scripted(input, hx, None, reset, "RNN_" + self.nonlinearity.upper())[0]
-        return self._step(input, hx, reset)  # type: ignore[no-any-return]
+    def _script_mode(self) -> str:
+        return "RNN_" + self.nonlinearity.upper()
 
 
 class GRUCell(Cell, nn.GRUCell):
@@ -103,22 +119,8 @@ class GRUCell(Cell, nn.GRUCell):
 
     _stock = nn.GRUCell
 
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
-    ) -> Tensor:
-        """One step.
-
-        Args:
-            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
-            hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
-            reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
-
-        Returns:
-            The next state, of the shape of ``hx``.
-        """
-        if is_scripting():
-            return self._scripted(input, hx, None, reset, "GRU")[0]
-        return self._step(input, hx, reset)  # type: ignore[no-any-return]
+    def _script_mode(self) -> str:
+        return "GRU"
 
 
 class LSTMCell(Cell, nn.LSTMCell):
@@ -127,7 +129,7 @@ class LSTMCell(Cell, nn.LSTMCell):
 
     _stock = nn.LSTMCell
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
@@ -189,14 +191,8 @@ def why_stock(cell: Cell, input: Any, hx: Any, weights: list[Tensor], reset: Any
         if mode == "RNN_SIGMOID"
         else None
     )
-    # The older ONNX exporter knows torch.nn's ops, and not ours.
-    if not compiling and torch.onnx.is_in_onnx_export():
-        if beyond is not None:
-            raise NotImplementedError(
-                f"{cell._stock.__name__}: the older ONNX exporter cannot write {beyond}; "
-                "use torch.onnx.export(..., dynamo=True)"
-            )
-        return "the older ONNX exporter knows torch.nn's ops only"
+    if not compiling and (why := left_to_old_exporter(cell, beyond)) is not None:
+        return why
     if beyond is not None:
         return None
     if not compiling and is_foreign(input, hx, weights):

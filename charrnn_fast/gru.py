@@ -19,7 +19,8 @@ class GRU(Recurrent, nn.GRU):
 
     _stock = nn.GRU
 
-    # TorchScript compiles forward once for each kind of input, as it does nn.GRU's.
+    # TorchScript compiles forward once for each kind of input, as it does nn.GRU's. It looks for
+    # overloads in the source of the class itself: they cannot be inherited.
     @overload
     @_overload_method
     def forward(

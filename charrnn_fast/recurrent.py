@@ -242,14 +242,8 @@ def why_stock(
                 f"{module._stock.__name__}: {beyond} cannot be combined with proj_size"
             )
         return "proj_size is left to torch.nn"
-    # The older ONNX exporter knows torch.nn's ops, and not ours.
-    if not compiling and torch.onnx.is_in_onnx_export():
-        if beyond is not None:
-            raise NotImplementedError(
-                f"{module._stock.__name__}: the older ONNX exporter cannot write {beyond}; "
-                "use torch.onnx.export(..., dynamo=True)"
-            )
-        return "the older ONNX exporter knows torch.nn's ops only"
+    if not compiling and (why := left_to_old_exporter(module, beyond)) is not None:
+        return why
     if beyond is not None:
         return None
     if not compiling:
@@ -265,6 +259,22 @@ def why_stock(
     if not ops.serves_device(data.device.type, module.mode):
         return f"calls like torch.nn's on {data.device.type} are left to torch.nn"
     return None
+
+
+def left_to_old_exporter(module: Fused, beyond: str | None) -> str | None:
+    """Why a call is torch.nn's while the older ONNX exporter runs: it does not know our ops.
+
+    Raises:
+        NotImplementedError: the call has something ``beyond`` torch.nn.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return None
+    if beyond is not None:
+        raise NotImplementedError(
+            f"{module._stock.__name__}: the older ONNX exporter cannot write {beyond}; "
+            "use torch.onnx.export(..., dynamo=True)"
+        )
+    return "the older ONNX exporter knows torch.nn's ops only"
 
 
 # What explain() says of it, unless torch.nn refuses the call: then it says that.

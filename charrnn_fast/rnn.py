@@ -50,7 +50,8 @@ class RNN(Recurrent, nn.RNN):
         text: str = super().extra_repr()
         return text + (", nonlinearity=sigmoid" if self.mode == "RNN_SIGMOID" else "")
 
-    # TorchScript compiles forward once for each kind of input, as it does nn.RNN's.
+    # TorchScript compiles forward once for each kind of input, as it does nn.RNN's. It looks for
+    # overloads in the source of the class itself: they cannot be inherited.
     @overload
     @_overload_method
     def forward(

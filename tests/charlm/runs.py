@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from charrnn_fast.charlm import Trainer, train
 from charrnn_fast.charlm.checkpoint import read_tensors
 
 TIMES = ("seconds", "chars_per_second")
@@ -29,3 +32,25 @@ def step_of(folder: Path) -> int:
     """The step of the last checkpoint, 0 without one."""
     path = folder / "last.safetensors"
     return read_tensors(path, "none")[1]["progress"]["step"] if path.exists() else 0
+
+
+class PowerCut(Exception):
+    """What ends a run at some step."""
+
+
+def assert_resumes_as_if_never_stopped(options, stop: int) -> None:
+    """A run that ends at step `stop`, and is resumed, leaves the bits of one that was not."""
+    train(options, out_dir=options.out_dir + "-whole", say=None)
+
+    def cut(loss, left=[stop]):  # noqa: B006
+        left[0] -= 1
+        if not left[0]:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        Trainer(options, say=None, on_loss=cut).run()
+    train(out_dir=options.out_dir, resume=True, say=None)
+    for name in ("model.safetensors", "last.safetensors"):
+        a, b = (weights(folder, name) for folder in (options.out_dir, options.out_dir + "-whole"))
+        assert tensors_of(a) == tensors_of(b)
+    assert metrics(options.out_dir) == metrics(options.out_dir + "-whole")

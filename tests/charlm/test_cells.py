@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, tensors_of, weights
+from runs import assert_resumes_as_if_never_stopped, metrics, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -193,20 +193,7 @@ def test_resumed_run_is_as_if_never_stopped(options, changes, stop):
     """A run that an exception ends at some step goes on to the same bits, the carried c of an LSTM
     and an average of weights among them."""
     options = replace(options, **{"max_epochs": 2, "save_interval": 4, **changes})
-    train(options, out_dir=options.out_dir + "-whole", say=None)
-
-    def cut(loss, left=[stop]):  # noqa: B006
-        left[0] -= 1
-        if not left[0]:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        Trainer(options, say=None, on_loss=cut).run()
-    train(out_dir=options.out_dir, resume=True, say=None)
-    for name in ("model.safetensors", "last.safetensors"):
-        a, b = (weights(folder, name) for folder in (options.out_dir, options.out_dir + "-whole"))
-        assert tensors_of(a) == tensors_of(b)
-    assert metrics(options.out_dir) == metrics(options.out_dir + "-whole")
+    assert_resumes_as_if_never_stopped(options, stop)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, step_of, tensors_of, weights
+from runs import assert_resumes_as_if_never_stopped, metrics, step_of, tensors_of, weights
 
 from charrnn_fast.charlm import Trainer, UsageError, from_pretrained, train
 from charrnn_fast.charlm.checkpoint import read_tensors, write_tensors
@@ -28,23 +28,7 @@ from charrnn_fast.charlm.train import interrupts
 def test_resumed_run_is_as_if_never_stopped(options, changes, stop):
     """A run that an exception ends at some step goes on to the same bits."""
     options = replace(options, **changes)
-    train(options, out_dir=options.out_dir + "-whole", say=None)
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(loss, left=[stop]):  # noqa: B006
-        left[0] -= 1
-        if not left[0]:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        Trainer(options, say=None, on_loss=cut).run()
-    train(out_dir=options.out_dir, resume=True, say=None)
-    for name in ("model.safetensors", "last.safetensors"):
-        a, b = (weights(folder, name) for folder in (options.out_dir, options.out_dir + "-whole"))
-        assert tensors_of(a) == tensors_of(b)
-    assert metrics(options.out_dir) == metrics(options.out_dir + "-whole")
+    assert_resumes_as_if_never_stopped(options, stop)
 
 
 def start(options, *arguments) -> subprocess.Popen:
