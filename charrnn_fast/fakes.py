@@ -51,7 +51,7 @@ def _rnn_layer(
     has_biases: bool,
     cells: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     _check_devices(input, hx, cx, resets, *weights, on_cpu=(batch_sizes, lengths))
     directions = len(weights) // weights_per_direction(has_biases)
     hidden_size = weights[1].shape[1]
@@ -91,18 +91,16 @@ def _rnn_layer(
             batch = torch.library.get_ctx().new_dynamic_size()
     weight = weights[0]
     steps, state = (*rows, directions * hidden_size), (directions, batch, hidden_size)
+    results = [weight.new_empty(steps), weight.new_empty(state)]
+    if mode == "LSTM":
+        results.append(weight.new_empty(state))
+    if cells:
+        results.append(weight.new_empty(steps))
     kept = _kept_numbers(weight, mode) if keep else 0
-    saved = weight.new_empty((0,))
     if kept:
         dtype = _C.computed_in(weight.dtype)
-        saved = weight.new_empty((directions, count, kept * hidden_size), dtype=dtype)
-    return (
-        weight.new_empty(steps),
-        weight.new_empty(state),
-        weight.new_empty(state if mode == "LSTM" else (0,)),
-        weight.new_empty(steps if cells else (0,)),
-        saved,
-    )
+        results.append(weight.new_empty((directions, count, kept * hidden_size), dtype=dtype))
+    return results
 
 
 def _rnn_layer_backward(
@@ -115,7 +113,7 @@ def _rnn_layer_backward(
     cx: Tensor | None,
     weights: list[Tensor],
     y: Tensor,
-    saved: Tensor,
+    saved: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -134,12 +132,14 @@ def _rnn_layer_backward(
         batch = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
         return y.new_empty((directions, batch, weights[1].shape[1]))
 
-    wanted = [input, *(hx, cx if mode == "LSTM" else y.new_empty((0,))), *weights]
+    nothing = y.new_empty((0,))
+    x = nothing if input.dtype == torch.int64 else input
+    wanted = [x, *(hx, cx if mode == "LSTM" else nothing), *weights]
     grads = []
     for place, (tensor, needed) in enumerate(zip(wanted, needs, strict=True)):
         if not needed:
-            grads.append(y.new_empty((0,)))
-        elif place in (1, 2) and tensor is None:
+            continue
+        if place in (1, 2) and tensor is None:
             grads.append(state())
         else:
             assert tensor is not None
@@ -213,7 +213,7 @@ def _rnn_layer_backward_flops(
     cx: Tensor | None,
     weights: Sequence[Tensor],
     y: Tensor,
-    saved: Tensor,
+    saved: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,

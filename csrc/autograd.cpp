@@ -47,6 +47,26 @@ const auto& linear_backward_op() {
   return op;
 }
 
+// What `listed` made a list of.
+LayerResult unlisted(const Call& call, std::vector<Tensor>&& list) {
+  size_t next = 0;
+  const auto take = [&](bool there) { return there ? std::move(list[next++]) : Tensor(); };
+  Tensor y = take(true), h_n = take(true);
+  Tensor c_n = take(sizes_of(parse_mode(call.mode)).has_state), cells = take(call.cells);
+  Tensor saved = take(next < list.size());
+  return {std::move(y), std::move(h_n), std::move(c_n), std::move(cells), std::move(saved)};
+}
+
+// What `needed` made a list of.
+std::vector<Tensor> placed(const c10::List<bool>& needs, std::vector<Tensor>&& list) {
+  std::vector<Tensor> grads(needs.size());
+  size_t next = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (needs[i]) grads[i] = std::move(list[next++]);
+  }
+  return grads;
+}
+
 Optional defined_or_none(const Tensor& tensor) {
   return tensor.defined() ? Optional(tensor) : std::nullopt;
 }
@@ -158,7 +178,7 @@ struct RnnLayerBackward : public Node {
     // output itself; when it has been changed, it is computed once more, to the same bits.
     const bool again = !y_version.unchanged() && operands_unchanged;
     const Tensor states = again ? std::get<0>(call_layer(call)) : y.unpack(getptr());
-    const Tensor kept = has_saved ? saved.unpack() : at::empty({0}, states.options());
+    const Optional kept = has_saved ? Optional(saved.unpack()) : std::nullopt;
     c10::List<bool> needs;
     needs.reserve(result.size());
     for (size_t i = 0; i < result.size(); ++i) needs.push_back(task_should_compute_output(i));
@@ -223,9 +243,9 @@ LayerResult layer_autograd(c10::DispatchKeySet keys, const Call& call) {
   below.keep = call.keep || recorded;
   auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return with_arguments(below, [&](const auto&... arguments) {
-      return layer_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
-    });
+    return unlisted(below, with_arguments(below, [&](const auto&... arguments) {
+                      return layer_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
+                    }));
   }();
   if (!recorded) return result;
   auto& [y, h_n, c_n, cells, saved] = result;
@@ -244,7 +264,7 @@ LayerResult layer_autograd(c10::DispatchKeySet keys, const Call& call) {
   node->set_next_edges(std::move(edges));
 
   const CellSizes sizes = sizes_of(parse_mode(call.mode));
-  node->has_saved = saved.dim() > 1;  // else it is empty, and of one dimension
+  node->has_saved = saved.defined();
   const Reads reads = what_backward_reads(call, sizes, node->has_saved);
   node->input = SavedOperand(call.input, reads.input);
   if (call.hx.has_value()) node->hx = SavedOperand(*call.hx, reads.hx);
@@ -278,8 +298,8 @@ LayerResult layer_autograd(c10::DispatchKeySet keys, const Call& call) {
 
 // Recorded when backward itself is differentiated: then the composite, whose ops record themselves.
 std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Grads& grads,
-                                            const Call& call, const Tensor& y, const Tensor& saved,
-                                            const c10::List<bool>& needs) {
+                                            const Call& call, const Tensor& y,
+                                            const Optional& saved, const c10::List<bool>& needs) {
   if (torch::autograd::compute_requires_grad(grads.dy, grads.dh_n, grads.dc_n, grads.dcells,
                                              call.input, call.hx, call.cx, call.weights, y) ||
       has_tangent(call) || has_tangent(grads.dy) || has_tangent(grads.dh_n) ||
@@ -287,9 +307,10 @@ std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Grad
     return composite::backward(grads, call, y, saved, needs);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return with_arguments(grads, call, y, saved, needs, [&](const auto&... arguments) {
-    return layer_backward_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
-  });
+  return placed(needs, with_arguments(grads, call, y, saved, needs, [&](const auto&... arguments) {
+                  return layer_backward_op().redispatch(keys & c10::after_autograd_keyset,
+                                                        arguments...);
+                }));
 }
 
 struct LinearBackward : public Node {
@@ -354,15 +375,16 @@ std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Ten
 }  // namespace
 
 LayerResult call_layer(const Call& call) {
-  return with_arguments(call,
-                        [](const auto&... arguments) { return layer_op().call(arguments...); });
+  return unlisted(call, with_arguments(call, [](const auto&... arguments) {
+                    return layer_op().call(arguments...);
+                  }));
 }
 
 std::vector<Tensor> call_layer_backward(const Grads& grads, const Call& call, const Tensor& y,
-                                        const Tensor& saved, const c10::List<bool>& needs) {
-  return with_arguments(grads, call, y, saved, needs, [](const auto&... arguments) {
-    return layer_backward_op().call(arguments...);
-  });
+                                        const Optional& saved, const c10::List<bool>& needs) {
+  return placed(needs, with_arguments(grads, call, y, saved, needs, [](const auto&... arguments) {
+                  return layer_backward_op().call(arguments...);
+                }));
 }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {

@@ -39,9 +39,9 @@ struct Grads {
   const Optional& dcells;
 };
 
-// y, h_n, c_n, cells, saved. The last three are empty where a cell has none, or nobody asked.
+// y, h_n, c_n, cells, saved. The last three are undefined where a cell has none, or nobody asked.
 using LayerResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// output, h_n, c_n, cells.
+// output, h_n, c_n, cells. The last two are undefined where the last three of a layer are.
 using StackResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // A direction's weights stand side by side in a list: W_ih, W_hh and, with biases, b_ih, b_hh.
@@ -74,26 +74,53 @@ constexpr size_t first_weight(bool has_biases, int64_t direction) {
 }
 
 // The ops, as their schemas in ops.cpp declare them. Everything is time-major.
-using LayerOp = LayerResult(const at::Tensor& input, const Optional& hx, const Optional& cx,
-                            at::TensorList weights, const Optional& batch_sizes,
-                            const Optional& lengths, const Optional& resets, std::string_view mode,
-                            bool has_biases, bool cells, bool keep);
+using LayerOp = std::vector<at::Tensor>(const at::Tensor& input, const Optional& hx,
+                                        const Optional& cx, at::TensorList weights,
+                                        const Optional& batch_sizes, const Optional& lengths,
+                                        const Optional& resets, std::string_view mode,
+                                        bool has_biases, bool cells, bool keep);
 using LayerBackwardOp = std::vector<at::Tensor>(
     const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Optional& dcells,
     const at::Tensor& input, const Optional& hx, const Optional& cx, at::TensorList weights,
-    const at::Tensor& y, const at::Tensor& saved, const Optional& batch_sizes,
+    const at::Tensor& y, const Optional& saved, const Optional& batch_sizes,
     const Optional& lengths, const Optional& resets, std::string_view mode, bool has_biases,
     c10::List<bool> needs);
 
-// Implementations of them: `function` takes a Call, and, where Keys says so, the dispatch keys.
+// The ops return lists of what there is: an empty tensor in place of each result that nobody wants
+// would cost the smallest calls a tenth of their time.
+inline std::vector<at::Tensor> listed(LayerResult&& result) {
+  std::vector<at::Tensor> list;
+  list.reserve(5);
+  auto& [y, h_n, c_n, cells, saved] = result;
+  for (at::Tensor* each : {&y, &h_n, &c_n, &cells, &saved}) {
+    if (each->defined()) list.push_back(std::move(*each));
+  }
+  return list;
+}
+
+// Of gradients, one for each place of `needs`, those that are needed. One that does not exist, as
+// that of ids, is empty.
+inline std::vector<at::Tensor> needed(std::vector<at::Tensor>&& grads, const at::Tensor& y,
+                                      const c10::List<bool>& needs) {
+  std::vector<at::Tensor> list;
+  list.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (!needs[i]) continue;
+    list.push_back(grads[i].defined() ? std::move(grads[i]) : at::empty({0}, y.options()));
+  }
+  return list;
+}
+
+// Implementations of the ops: `function` takes a Call, and, where Keys says so, the dispatch keys.
 template <auto function, typename... Keys>
 struct LayerImpl {
-  static LayerResult call(Keys... keys, const at::Tensor& input, const Optional& hx,
-                          const Optional& cx, at::TensorList weights, const Optional& batch_sizes,
-                          const Optional& lengths, const Optional& resets, std::string_view mode,
-                          bool has_biases, bool cells, bool keep) {
-    return function(keys..., Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode,
-                                  has_biases, cells, keep});
+  static std::vector<at::Tensor> call(Keys... keys, const at::Tensor& input, const Optional& hx,
+                                      const Optional& cx, at::TensorList weights,
+                                      const Optional& batch_sizes, const Optional& lengths,
+                                      const Optional& resets, std::string_view mode,
+                                      bool has_biases, bool cells, bool keep) {
+    return listed(function(keys..., Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode,
+                                         has_biases, cells, keep}));
   }
 };
 
@@ -103,25 +130,27 @@ struct LayerBackwardImpl {
                                       const Optional& dc_n, const Optional& dcells,
                                       const at::Tensor& input, const Optional& hx,
                                       const Optional& cx, at::TensorList weights,
-                                      const at::Tensor& y, const at::Tensor& saved,
+                                      const at::Tensor& y, const Optional& saved,
                                       const Optional& batch_sizes, const Optional& lengths,
                                       const Optional& resets, std::string_view mode,
                                       bool has_biases, c10::List<bool> needs) {
-    return function(keys..., Grads{dy, dh_n, dc_n, dcells},
-                    Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode, has_biases}, y,
-                    saved, needs);
+    return needed(
+        function(keys..., Grads{dy, dh_n, dc_n, dcells},
+                 Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode, has_biases}, y,
+                 saved, needs),
+        y, needs);
   }
 };
 
-// And calls: `invoke` takes what the op takes.
+// And calls: `invoke` takes what the op takes, and returns what it returns.
 template <typename Invoke>
-LayerResult with_arguments(const Call& call, const Invoke& invoke) {
+std::vector<at::Tensor> with_arguments(const Call& call, const Invoke& invoke) {
   return invoke(call.input, call.hx, call.cx, call.weights, call.batch_sizes, call.lengths,
                 call.resets, call.mode, call.has_biases, call.cells, call.keep);
 }
 template <typename Invoke>
 std::vector<at::Tensor> with_arguments(const Grads& grads, const Call& call, const at::Tensor& y,
-                                       const at::Tensor& saved, const c10::List<bool>& needs,
+                                       const Optional& saved, const c10::List<bool>& needs,
                                        const Invoke& invoke) {
   return invoke(grads.dy, grads.dh_n, grads.dc_n, grads.dcells, call.input, call.hx, call.cx,
                 call.weights, y, saved, call.batch_sizes, call.lengths, call.resets, call.mode,

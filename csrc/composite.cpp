@@ -320,13 +320,12 @@ LayerResult forward(const Call& call) {
   const auto all = [&](const std::vector<Tensor>& parts) {
     return rows.unpadded(parts.size() == 1 ? parts[0] : at::cat(parts, -1));
   };
-  const auto none = [&] { return at::empty({0}, call.weights[0].options()); };
-  return {all(y), at::stack(h_n), sizes.has_state ? at::stack(c_n) : none(),
-          call.cells ? all(cells) : none(), none()};
+  return {all(y), at::stack(h_n), sizes.has_state ? at::stack(c_n) : Tensor(),
+          call.cells ? all(cells) : Tensor(), Tensor()};
 }
 
 std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor& y,
-                             const Tensor& saved, const c10::List<bool>& needs) {
+                             const Optional& saved, const c10::List<bool>& needs) {
   count(counters().backward_composite);
   check_needs(call, needs);
   const Cell cell = parse_mode(call.mode);
@@ -337,8 +336,8 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
     TORCH_CHECK(!tensor.has_value() || tensor->layout() == at::kStrided,
                 "RNN gradients must be dense tensors, not sparse");
   }
-  TORCH_CHECK(saved.layout() == at::kStrided && !saved.is_quantized(),
-              "saved must be what rnn_layer returned, or empty");
+  TORCH_CHECK(!saved.has_value() || (saved->layout() == at::kStrided && !saved->is_quantized()),
+              "saved must be what rnn_layer returned, or None");
   check_ids(call);
   const Rows rows = find_rows(call);
   const Tensor input = without_padding(call.input, rows);
@@ -396,7 +395,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
     const Tensor delta_x = deltas_x[0].defined() ? at::stack(deltas_x) : delta_h;
     const Tensor rows_x = rows.unpadded(delta_x), rows_h = rows.unpadded(delta_h);
 
-    if (needs[kInput]) {
+    if (needs[kInput] && !tokens) {
       const Tensor part = at::matmul(rows_x, w.W_ih.conj());
       dx = dx.defined() ? dx + part : part;
     }
@@ -419,9 +418,6 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
   if (needs[kInput]) grads[kInput] = dx;
   if (needs[kHx]) grads[kHx] = at::stack(dh0);
   if (needs[kCx] && sizes.has_state) grads[kCx] = at::stack(dc0);
-  for (auto& grad : grads) {
-    if (!grad.defined()) grad = at::empty({0}, y.options());
-  }
   return grads;
 }
 

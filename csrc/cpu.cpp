@@ -145,7 +145,7 @@ const scalar* data_or_null(const Optional& tensor, int64_t offset) {
   return tensor.has_value() ? data<scalar>(*tensor) + offset : nullptr;
 }
 
-// Where to write, or null where a result is empty, as what nobody asked for is.
+// Where to write, or null where a result is empty, or undefined, as what nobody asked for is.
 template <typename scalar>
 scalar* out(const at::Tensor& tensor, int64_t offset) {
   return tensor.numel() > 0 ? mutable_data<scalar>(tensor) + offset : nullptr;
@@ -232,18 +232,18 @@ LayerResult forward_by_kernels(const Isa& current, const Layer& layer, const Cal
 
   const CellSizes sizes = sizes_of(layer.cell);
   const auto states = [&](bool wanted) {
-    return wanted ? empty({layer.D, layer.B, layer.H}, computed) : empty({0}, computed);
+    return wanted ? empty({layer.D, layer.B, layer.H}, computed) : at::Tensor();
   };
   const auto steps = [&](bool wanted) {
     const int64_t columns = layer.D * layer.H;
-    return !wanted        ? empty({0}, computed)
+    return !wanted        ? at::Tensor()
            : layer.packed ? empty({layer.N, columns}, computed)
                           : empty({layer.T, layer.B, columns}, computed);
   };
   LayerResult result{steps(true), states(true), states(sizes.has_state), steps(call.cells),
                      call.keep && sizes.saved > 0
                          ? empty({layer.D, layer.N, sizes.saved * layer.H}, computed)
-                         : empty({0}, dtype)};
+                         : at::Tensor()};
   if (call.lengths.has_value()) {
     const auto& [y, h_n, c_n, cells, saved] = result;
     for (const at::Tensor& rows : {y, cells, saved}) clear_gaps(rows, layer, *call.lengths);
@@ -260,7 +260,10 @@ LayerResult forward_by_kernels(const Isa& current, const Layer& layer, const Cal
   }
   if (computed == dtype) return result;
   auto& [y, h_n, c_n, cells, saved] = result;
-  return {y.to(dtype), h_n.to(dtype), c_n.to(dtype), cells.to(dtype), saved};
+  for (at::Tensor* each : {&y, &h_n, &c_n, &cells}) {
+    if (each->defined()) *each = each->to(dtype);
+  }
+  return result;
 }
 
 LayerResult forward_cpu(const Call& call) {
@@ -280,7 +283,7 @@ at::Tensor with_regular_rows(const at::Tensor& y) {
 template <typename scalar>
 void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows& rows,
                     const Grads& given, const Call& call, const at::Tensor& y,
-                    const at::Tensor& saved, const std::vector<at::Tensor>& grads) {
+                    const Optional& saved, const std::vector<at::Tensor>& grads) {
   const Plan plan = plan_backward(rows.planned(layer));
   const CellSizes sizes = sizes_of(layer.cell);
   const int64_t state = layer.B * layer.H, columns = layer.D * layer.H;
@@ -309,7 +312,7 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows
         .y = data<scalar>(y) + d * layer.H,
         .ldy = y.stride(-2),
         .saved =
-            sizes.saved > 0 ? data<scalar>(saved) + d * layer.N * sizes.saved * layer.H : nullptr,
+            sizes.saved > 0 ? data<scalar>(*saved) + d * layer.N * sizes.saved * layer.H : nullptr,
         .dy = data_or_null<scalar>(given.dy, d * layer.H),
         .lddy = columns,
         .dcells = data_or_null<scalar>(given.dcells, d * layer.H),
@@ -335,14 +338,15 @@ void backward_layer(const Kernels<scalar>& table, const Layer& layer, const Rows
 }
 
 // Whether forward on this ISA has kept what backward needs, or kept it at all.
-bool fits(const at::Tensor& saved, const Layer& layer, at::ScalarType computed) {
+bool fits(const Optional& saved, const Layer& layer, at::ScalarType computed) {
   const int64_t numbers = sizes_of(layer.cell).saved;
-  return numbers == 0 || (saved.scalar_type() == computed && saved.is_contiguous() &&
-                          saved.sizes() == at::IntArrayRef({layer.D, layer.N, numbers * layer.H}));
+  return numbers == 0 ||
+         (saved.has_value() && saved->scalar_type() == computed && saved->is_contiguous() &&
+          saved->sizes() == at::IntArrayRef({layer.D, layer.N, numbers * layer.H}));
 }
 
 std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given,
-                                     const at::Tensor& given_y, const at::Tensor& given_saved,
+                                     const at::Tensor& given_y, const Optional& given_saved,
                                      const c10::List<bool>& needs) {
   const SurvivesFork guard;
   const Layer layer = check_layer_backward(given_grads, given, given_y, given_saved, needs);
@@ -361,7 +365,7 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
 
   const bool nothing = layer.N == 0 || layer.H == 0;
   const auto grad = [&](bool wanted, at::IntArrayRef sizes, bool zeros) {
-    if (!wanted) return empty({0}, computed);
+    if (!wanted) return at::Tensor();
     return zeros || nothing ? at::zeros(sizes, computed) : empty(sizes, computed);
   };
   // Rows that no sequence writes: past the ends, and states that a reset makes unused.
@@ -378,7 +382,7 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
   if (!nothing) {
     count(counters().backward_fused);
     const Rows rows(layer, call.batch_sizes, call.lengths, call.resets);
-    at::Tensor saved = given_saved;
+    Optional saved = given_saved;
     if (!fits(saved, layer, computed)) {
       Call again = call;
       again.keep = true;
@@ -389,7 +393,9 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
     });
   }
   if (computed == dtype) return grads;
-  for (at::Tensor& each : grads) each = each.to(dtype);
+  for (at::Tensor& each : grads) {
+    if (each.defined()) each = each.to(dtype);
+  }
   return grads;
 }
 

@@ -178,7 +178,7 @@ Layer check_layer(const Call& call) {
 }
 
 Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
-                           const at::Tensor& saved, const c10::List<bool>& needs) {
+                           const Optional& saved, const c10::List<bool>& needs) {
   const Layer layer = check_layer(call);
   const at::Tensor& weight = call.weights[0];
   const int64_t width = layer.D * layer.H;
@@ -199,8 +199,9 @@ Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tenso
   TORCH_CHECK_VALUE(
       sizes_of(layer.cell).has_state || (!grads.dc_n.has_value() && !grads.dcells.has_value()),
       "dc_n and dcells must be None: ", std::string(call.mode), " has no cell state");
-  TORCH_CHECK(saved.layout() == at::kStrided && saved.device() == weight.device(),
-              "saved must be what rnn_layer returned, or empty, got a tensor on ", saved.device());
+  TORCH_CHECK(
+      !saved.has_value() || (saved->layout() == at::kStrided && saved->device() == weight.device()),
+      "saved must be what rnn_layer returned, or None, got a tensor on ", saved->device());
   check_needs(call, needs);
   return layer;
 }

@@ -43,7 +43,7 @@ Layer check_layer(const Call& call);
 // The same for rnn_layer_backward, whose `needs` has one entry for each of [input, hx, cx,
 // *weights].
 Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
-                           const at::Tensor& saved, const c10::List<bool>& needs);
+                           const Optional& saved, const c10::List<bool>& needs);
 
 // What of it looks at metadata only, and holds for the composite formula, too: dense tensors, and
 // nothing that the cell does not have.
@@ -82,7 +82,7 @@ at::ScalarType computed_in(at::ScalarType dtype);
 namespace composite {
 LayerResult forward(const Call& call);
 std::vector<at::Tensor> backward(const Grads& grads, const Call& call, const at::Tensor& y,
-                                 const at::Tensor& saved, const c10::List<bool>& needs);
+                                 const Optional& saved, const c10::List<bool>& needs);
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 std::vector<at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& input,
                                         const at::Tensor& weight);  // [dx, dW, db]
@@ -97,10 +97,10 @@ StackResult rnn(const Call& call, int64_t num_layers, double dropout, bool train
 // what is wrong with them.
 bool linear_is_served(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
-// The ops, called through the dispatcher.
+// The ops, called through the dispatcher. Gradients have a place for each of `needs`.
 LayerResult call_layer(const Call& call);
 std::vector<at::Tensor> call_layer_backward(const Grads& grads, const Call& call,
-                                            const at::Tensor& y, const at::Tensor& saved,
+                                            const at::Tensor& y, const Optional& saved,
                                             const c10::List<bool>& needs);
 
 // How many layers ran by which path since the library was loaded. One layer with two directions

@@ -30,8 +30,14 @@ StackResult rnn_op(const Tensor& input, const Optional& hx, const Optional& cx,
                    at::TensorList params, const Optional& batch_sizes, const Optional& lengths,
                    const Optional& resets, std::string_view mode, bool has_biases,
                    int64_t num_layers, double dropout, bool train, bool bidirectional, bool cells) {
-  return rnn({input, hx, cx, params, batch_sizes, lengths, resets, mode, has_biases, cells},
-             num_layers, dropout, train, bidirectional);
+  StackResult result =
+      rnn({input, hx, cx, params, batch_sizes, lengths, resets, mode, has_biases, cells},
+          num_layers, dropout, train, bidirectional);
+  // TorchScript unpacks no list of a length that depends on the mode.
+  for (Tensor* each : {&std::get<2>(result), &std::get<3>(result)}) {
+    if (!each->defined()) *each = at::empty({0}, params[0].options());
+  }
+  return result;
 }
 
 }  // namespace
@@ -91,11 +97,11 @@ TORCH_LIBRARY(charrnn_fast, m) {
   m.def(
       "rnn_layer(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? resets, str mode, bool has_biases, bool cells, bool keep) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)",
+      "-> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rnn_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor input, "
-      "Tensor? hx, Tensor? cx, Tensor[] weights, Tensor y, Tensor saved, Tensor? batch_sizes, "
+      "Tensor? hx, Tensor? cx, Tensor[] weights, Tensor y, Tensor? saved, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? resets, str mode, bool has_biases, bool[] needs) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def("linear(Tensor input, Tensor weight, Tensor bias) -> Tensor", {at::Tag::pt2_compliant_tag});

@@ -166,10 +166,7 @@ def named_arguments(name, **given):
     """Every argument of an op of the extension; those not given are None or plain."""
     arguments = {}
     for argument in getattr(torch.ops.charrnn_fast, name).default._schema.arguments:
-        value = given.pop(argument.name, PLAIN.get(argument.name))
-        if value is None and str(argument.type) == "Tensor":
-            value = torch.empty(0)  # `saved`: computed again
-        arguments[argument.name] = value
+        arguments[argument.name] = given.pop(argument.name, PLAIN.get(argument.name))
     assert not given, f"{name} has no {sorted(given)}"
     return arguments
 
@@ -177,6 +174,16 @@ def named_arguments(name, **given):
 def op_arguments(name, **given):
     """The same in their order."""
     return tuple(named_arguments(name, **given).values())
+
+
+def layer_results(mode, cells, results):
+    """``(y, h_n, c_n, cells, saved)`` of what rnn_layer returns; None for what it lacks."""
+    y, h_n, *others = results
+    c_n = others.pop(0) if mode == "LSTM" else None
+    every_c = others.pop(0) if cells else None
+    saved = others.pop(0) if others else None
+    assert not others
+    return y, h_n, c_n, every_c, saved
 
 
 def call_op(name, **given):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import call_op, rounding, rounding_of_product
+from helpers import call_op, layer_results, rounding, rounding_of_product
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,9 +36,15 @@ SPLITS = {
 
 
 def rnn_layer(input, hx, weights, mode, has_biases=True, keep=False, **given):
-    """The op: ``(y, h_n, c_n, cells, saved)``."""
+    """The op: ``(y, h_n, c_n, cells, saved)``, with None for what it does not return."""
     given |= {"mode": mode, "has_biases": has_biases, "keep": keep}
-    return call_op("rnn_layer", input=input, hx=hx, weights=weights, **given)
+    results = call_op("rnn_layer", input=input, hx=hx, weights=weights, **given)
+    return layer_results(mode, given.get("cells", False), results)
+
+
+def sum_of(*results):
+    """The sum of all elements of those that there are."""
+    return sum(result.sum() for result in results if result is not None)
 
 
 def make(
@@ -83,7 +89,7 @@ def layer_of(mode, states, *, biases=True, cells=None, **split):
             cells=cells,
             **split,
         )
-        return results[: 1 + count + cells]
+        return [result for result in results[: 3 + cells] if result is not None]
 
     return call
 
@@ -125,9 +131,9 @@ def test_opcheck_of_the_layer_backward(mode, split, saved_is_given):
     args = layer_arguments(
         mode, states, x, weights, cells=mode == "LSTM", keep=True, **SPLITS[split]
     )
-    y, h_n, c_n, cells, saved = OPS.rnn_layer(*args)
-    grads = [torch.randn_like(t) if t.numel() else None for t in (y, h_n, c_n, cells)]
-    saved = saved if saved_is_given else saved.new_empty(0)
+    y, *finals, saved = layer_results(mode, mode == "LSTM", OPS.rnn_layer(*args))
+    grads = [None if t is None else torch.randn_like(t) for t in (y, *finals)]
+    saved = saved if saved_is_given else None
     needs = [True, True, mode == "LSTM", *[True] * 4]
     backward = OPS.rnn_layer_backward.default
     torch.library.opcheck(backward, (*grads, *args[:4], y, saved, *args[4:9], needs))
@@ -263,7 +269,7 @@ def test_cells_are_the_states_of_every_step(directions, split):
     assert torch.equal(y, without[0])
     assert torch.equal(h_n, without[1])
     assert torch.equal(c_n, without[2])
-    assert without[3].shape == (0,)
+    assert without[3] is None
     assert cells.shape == y.shape
     assert torch.equal(cells == 0, y == 0)
     if split == "plain":
@@ -348,7 +354,7 @@ def test_operands_changed_before_backward(mode):
     y = call(*leaves)[0]
     with torch.no_grad():
         weights[2].mul_(2)
-    if kept.numel() or GATES[mode] == 1:
+    if kept is not None or GATES[mode] == 1:
         y.sum().backward()
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -358,24 +364,27 @@ def test_operands_changed_before_backward(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("split", ["plain", "lengths", "packed"])
 def test_saved_is_a_cache(mode, split):
-    """Empty or not, it gives the same gradients, bit for bit; it needs no gradient itself."""
+    """Given or not, it gives the same gradients, bit for bit; it needs no gradient itself."""
     packed = split == "packed"
     x, states, weights = make(mode, 2, requires_grad=False, packed=packed)
     hx, cx = (*states, None)[:2]
     args = (x, hx, cx, weights, *(SPLITS[split].get(n) for n in ("batch_sizes", "lengths", "x")))
-    y, h_n, c_n, _, saved = OPS.rnn_layer(*args, mode, True, False, True)
-    assert OPS.rnn_layer(*args, mode, True, False, False)[4].shape == (0,)
-    dc_n = c_n.sin() if c_n.numel() else None
+    y, h_n, c_n, _, saved = layer_results(
+        mode, False, OPS.rnn_layer(*args, mode, True, False, True)
+    )
+    assert (saved is None) == (mode not in ("LSTM", "GRU"))
+    assert len(OPS.rnn_layer(*args, mode, True, False, False)) == 2 + (c_n is not None)
+    dc_n = None if c_n is None else c_n.sin()
     grads, needs = (y.cos(), h_n.sin(), dc_n, None), [True, True, mode == "LSTM", *[True] * 8]
     results = [
         OPS.rnn_layer_backward(*grads, *args[:4], y, cache, *args[4:], mode, True, needs)
-        for cache in (saved, saved.new_empty(0), saved.new_empty(3, 1, dtype=torch.float16))
+        for cache in (saved, None, y.new_empty(0), y.new_empty(3, 1, dtype=torch.float16))
     ]
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
     leaves = make(mode, packed=packed)
     kept = rnn_layer(leaves[0], None, leaves[2], mode, keep=True, **SPLITS[split])[4]
-    assert not kept.requires_grad
+    assert kept is None or not kept.requires_grad
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -390,7 +399,7 @@ def test_lengths_of_any_integers(mode, dtype):
         want = rnn_layer(x, hx, weights, mode, cx=cx, lengths=LENGTHS, resets=resets)
         resets = None if resets is None else strided
         got = rnn_layer(x, hx, weights, mode, cx=cx, lengths=LENGTHS.to(dtype), resets=resets)
-        assert all(map(torch.equal, got, want))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -411,11 +420,11 @@ def test_shapes(isa, mode, shape, split):
     y, h_n, c_n, _, _ = rnn_layer(x, None, weights, mode, resets=resets)
     assert y.shape == (steps, batch, 2 * hidden)
     assert h_n.shape == (2, batch, hidden)
-    assert c_n.shape == (h_n.shape if mode == "LSTM" else (0,))
-    grads = torch.autograd.grad(y.sum() + h_n.sum() + c_n.sum(), [x, *weights])
+    assert c_n is None or c_n.shape == h_n.shape
+    grads = torch.autograd.grad(sum_of(y, h_n, c_n), [x, *weights])
     exact = [t.detach().double().requires_grad_() for t in (x, *weights)]
     y, h_n, c_n, _, _ = rnn_layer(exact[0], None, exact[1:], mode, resets=resets)
-    expected = torch.autograd.grad(y.sum() + h_n.sum() + c_n.sum(), exact)
+    expected = torch.autograd.grad(sum_of(y, h_n, c_n), exact)
     for got, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
@@ -499,8 +508,8 @@ def test_same_bits_for_any_batch_and_threads(mode, T, B, H, split):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             y, h_n, c_n, *_ = call(slice(None))
-            loss = y.sum() + h_n.sin().sum() + c_n.sum()
-            results.append([y, h_n, c_n, *torch.autograd.grad(loss, weights)])
+            loss = sum_of(y, h_n.sin(), c_n)
+            results.append([y, h_n, *torch.autograd.grad(loss, weights)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -573,7 +582,7 @@ def test_kept_for_backward(mode):
     beside = [t for t in kept if t.untyped_storage().data_ptr() not in operands]
     assert sum(t.numel() for t in beside) == units * T * B * H
     with torch.no_grad():
-        assert rnn_layer(x, None, weights, mode)[4].shape == (0,)
+        assert rnn_layer(x, None, weights, mode)[4] is None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -585,7 +594,7 @@ def test_autocast(mode):
         results = rnn_layer(x, hx, weights, mode, cx=cx)[: 1 + len(states)]
     low = [[t.detach().bfloat16() for t in list_] for list_ in ([x], states, weights)]
     hx, cx = (*low[1], None)[:2]
-    expected = rnn_layer(low[0][0], hx, low[2], mode, cx=cx)
+    expected = rnn_layer(low[0][0], hx, low[2], mode, cx=cx)[: len(results)]
     assert all(map(torch.equal, results, expected))
     sum(result.float().sum() for result in results).backward()
     assert all(t.grad.dtype == torch.float32 for t in (x, *states, *weights))
@@ -673,11 +682,11 @@ def test_backward_takes_rows_of_any_distance(mode):
     """One row of y may stand for all, and rows may lie apart: as their copies."""
     x, _, weights = make(mode, biases=False, requires_grad=False)
     dy, needs = torch.ones(T, B, H).double(), [True, False, False, True, True]
-    none, saved = [None] * 3, torch.empty(0)
+    none = [None] * 3
     for y in (torch.rand(H).double().expand(T, B, H), torch.rand(T, B, 2 * H).double()[..., :H]):
         results = [
             OPS.rnn_layer_backward(
-                dy, *none, x, None, None, weights, rows, saved, *none, mode, False, needs
+                dy, *none, x, None, None, weights, rows, None, *none, mode, False, needs
             )
             for rows in (y, y.contiguous())
         ]

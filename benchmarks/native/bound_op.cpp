@@ -22,14 +22,14 @@ using Optional = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 using Needs = c10::List<bool>;
 
-using ForwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& input, const Optional& hx, const Optional& cx, at::TensorList weights,
-    const Optional& batch_sizes, const Optional& lengths, const Optional& resets,
-    std::string_view mode, bool has_biases, bool cells, bool keep);
+using ForwardOp = Tensors(const Tensor& input, const Optional& hx, const Optional& cx,
+                          at::TensorList weights, const Optional& batch_sizes,
+                          const Optional& lengths, const Optional& resets, std::string_view mode,
+                          bool has_biases, bool cells, bool keep);
 using BackwardOp = Tensors(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                            const Optional& dcells, const Tensor& input, const Optional& hx,
                            const Optional& cx, at::TensorList weights, const Tensor& y,
-                           const Tensor& saved, const Optional& batch_sizes,
+                           const Optional& saved, const Optional& batch_sizes,
                            const Optional& lengths, const Optional& resets, std::string_view mode,
                            bool has_biases, Needs needs);
 
@@ -78,33 +78,41 @@ class BoundOp {
   void run() {
     // What the call before returned is dropped first, as by a caller that keeps nothing.
     results_.clear();
-    Tensors gradients = elman_forward_.has_value() ? run_elman() : run_any();
-    for (size_t i = 0; i < gradients.size(); ++i) {
-      if (needs_[i]) results_.push_back(std::move(gradients[i]));
-    }
+    if (elman_forward_.has_value()) return run_elman();
+    run_any();
   }
 
   // y and the gradients asked for, of the last run.
   const Tensors& results() const { return results_; }
 
  private:
-  Tensors run_any() {
-    const auto [y, h_n, c_n, cells, saved] =
-        forward_->call(x_, hx_, cx_, weights_, std::nullopt, lengths_, std::nullopt, mode_, true,
-                       false, dy_.has_value());
-    results_.push_back(y);
-    if (!dy_.has_value()) return {};
-    return backward_->call(dy_, std::nullopt, std::nullopt, std::nullopt, x_, hx_, cx_, weights_, y,
-                           saved, std::nullopt, lengths_, std::nullopt, mode_, true, needs_);
+  void run_any() {
+    // y, h_n, c_n of an LSTM, then what is kept, of LSTM and GRU.
+    const Tensors forward = forward_->call(x_, hx_, cx_, weights_, std::nullopt, lengths_,
+                                           std::nullopt, mode_, true, false, dy_.has_value());
+    results_.push_back(forward[0]);
+    if (!dy_.has_value()) return;
+    const size_t kept = cx_.has_value() ? 3 : 2;
+    const Optional saved = forward.size() > kept ? Optional(forward[kept]) : std::nullopt;
+    append(backward_->call(dy_, std::nullopt, std::nullopt, std::nullopt, x_, hx_, cx_, weights_,
+                           forward[0], saved, std::nullopt, lengths_, std::nullopt, mode_, true,
+                           needs_));
   }
 
-  Tensors run_elman() {
+  void run_elman() {
     const Tensor y =
         std::get<0>(elman_forward_->call(x_, hx_, weights_, std::nullopt, lengths_, mode_, true));
     results_.push_back(y);
-    if (!dy_.has_value()) return {};
-    return elman_backward_->call(dy_, std::nullopt, x_, hx_, weights_, y, std::nullopt, lengths_,
-                                 mode_, true, needs_);
+    if (!dy_.has_value()) return;
+    append(elman_backward_->call(dy_, std::nullopt, x_, hx_, weights_, y, std::nullopt, lengths_,
+                                 mode_, true, needs_));
+  }
+
+  // Gradients; those of older commits have a place for each of needs_.
+  void append(Tensors&& gradients) {
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      if (gradients[i].numel() > 0) results_.push_back(std::move(gradients[i]));
+    }
   }
 
   std::string mode_;

@@ -34,7 +34,7 @@ LayerResult guarded_layer(const Call& call) {
 }
 
 std::vector<at::Tensor> guarded_layer_backward(const Grads& grads, const Call& call,
-                                               const at::Tensor& y, const at::Tensor& saved,
+                                               const at::Tensor& y, const Optional& saved,
                                                const c10::List<bool>& needs) {
   const c10::DeviceGuard guard(call.input.device());
   return layer_backward(grads, call, y, saved, needs);

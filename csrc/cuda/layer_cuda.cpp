@@ -277,8 +277,7 @@ LayerResult layer(const Call& given) {
   Tensor y = layer.packed ? at::empty({layer.N, layer.D * layer.H}, options)
                           : at::empty({layer.T, layer.B, layer.D * layer.H}, options);
   Tensor h_n = at::empty({layer.D, layer.B, layer.H}, options);
-  const LayerResult result{y, h_n, at::empty({0}, options), at::empty({0}, options),
-                           at::empty({0}, options)};
+  const LayerResult result{y, h_n, Tensor(), Tensor(), Tensor()};
   if (layer.N == 0 || layer.H == 0) return result;
 
   const Plan plan = plan_layer(layer, dtype_of(y), y.device());
@@ -301,7 +300,7 @@ LayerResult layer(const Call& given) {
 }
 
 std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
-                                   const Tensor& given_y, const Tensor& saved,
+                                   const Tensor& given_y, const Optional& saved,
                                    const c10::List<bool>& needs) {
   const Layer layer = check_layer_backward(given_grads, given, given_y, saved, needs);
   if (cuda::why_composite(given) != nullptr) {
@@ -318,7 +317,6 @@ std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
   const auto finish = [&] {
     for (size_t i = 0; i < grads.size(); ++i) {
       if (grads[i].defined()) continue;
-      grads[i] = at::empty({0}, y.options());
       if (!nothing || !needs[i] || i == kCx) continue;
       grads[i] = i == kInput ? at::zeros(call.input.sizes(), y.options())
                  : i == kHx  ? at::zeros({layer.D, layer.B, layer.H}, y.options())

@@ -19,7 +19,7 @@ const char* why_composite(const Call& call);
 
 LayerResult layer(const Call& call);
 std::vector<at::Tensor> layer_backward(const Grads& grads, const Call& call, const at::Tensor& y,
-                                       const at::Tensor& saved, const c10::List<bool>& needs);
+                                       const Optional& saved, const c10::List<bool>& needs);
 Generated generate(const GenerateCall& call);
 
 }  // namespace charrnn_fast::cuda
