@@ -132,9 +132,7 @@ def _rnn_layer_backward(
         batch = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
         return y.new_empty((directions, batch, weights[1].shape[1]))
 
-    nothing = y.new_empty((0,))
-    x = nothing if input.dtype == torch.int64 else input
-    wanted = [x, *(hx, cx if mode == "LSTM" else nothing), *weights]
+    wanted = [input, hx, cx, *weights]
     grads = []
     for place, (tensor, needed) in enumerate(zip(wanted, needs, strict=True)):
         if not needed:

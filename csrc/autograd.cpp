@@ -57,16 +57,6 @@ LayerResult unlisted(const Call& call, std::vector<Tensor>&& list) {
   return {std::move(y), std::move(h_n), std::move(c_n), std::move(cells), std::move(saved)};
 }
 
-// What `needed` made a list of.
-std::vector<Tensor> placed(const c10::List<bool>& needs, std::vector<Tensor>&& list) {
-  std::vector<Tensor> grads(needs.size());
-  size_t next = 0;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (needs[i]) grads[i] = std::move(list[next++]);
-  }
-  return grads;
-}
-
 Optional defined_or_none(const Tensor& tensor) {
   return tensor.defined() ? Optional(tensor) : std::nullopt;
 }
@@ -184,8 +174,9 @@ struct RnnLayerBackward : public Node {
     for (size_t i = 0; i < result.size(); ++i) needs.push_back(task_should_compute_output(i));
 
     auto computed = call_layer_backward(Grads{dy, dh_n, dc_n, dcells}, call, states, kept, needs);
+    auto next = computed.begin();
     for (size_t i = 0; i < result.size(); ++i) {
-      if (needs[i]) result[i] = std::move(computed[i]);
+      if (task_should_compute_output(i)) result[i] = std::move(*next++);
     }
     return result;
   }
@@ -307,10 +298,9 @@ std::vector<Tensor> layer_backward_autograd(c10::DispatchKeySet keys, const Grad
     return composite::backward(grads, call, y, saved, needs);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return placed(needs, with_arguments(grads, call, y, saved, needs, [&](const auto&... arguments) {
-                  return layer_backward_op().redispatch(keys & c10::after_autograd_keyset,
-                                                        arguments...);
-                }));
+  return with_arguments(grads, call, y, saved, needs, [&](const auto&... arguments) {
+    return layer_backward_op().redispatch(keys & c10::after_autograd_keyset, arguments...);
+  });
 }
 
 struct LinearBackward : public Node {
@@ -382,9 +372,9 @@ LayerResult call_layer(const Call& call) {
 
 std::vector<Tensor> call_layer_backward(const Grads& grads, const Call& call, const Tensor& y,
                                         const Optional& saved, const c10::List<bool>& needs) {
-  return placed(needs, with_arguments(grads, call, y, saved, needs, [](const auto&... arguments) {
-                  return layer_backward_op().call(arguments...);
-                }));
+  return with_arguments(grads, call, y, saved, needs, [](const auto&... arguments) {
+    return layer_backward_op().call(arguments...);
+  });
 }
 
 TORCH_LIBRARY_IMPL(charrnn_fast, Autograd, m) {

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/List.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -97,18 +98,11 @@ inline std::vector<at::Tensor> listed(LayerResult&& result) {
   }
   return list;
 }
-
-// Of gradients, one for each place of `needs`, those that are needed. One that does not exist, as
-// that of ids, is empty.
-inline std::vector<at::Tensor> needed(std::vector<at::Tensor>&& grads, const at::Tensor& y,
-                                      const c10::List<bool>& needs) {
-  std::vector<at::Tensor> list;
-  list.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!needs[i]) continue;
-    list.push_back(grads[i].defined() ? std::move(grads[i]) : at::empty({0}, y.options()));
-  }
-  return list;
+// Of gradients, one for each place of `needs`, those that are needed.
+inline std::vector<at::Tensor> listed(std::vector<at::Tensor>&& grads) {
+  const auto undefined = [](const at::Tensor& grad) { return !grad.defined(); };
+  grads.erase(std::remove_if(grads.begin(), grads.end(), undefined), grads.end());
+  return std::move(grads);
 }
 
 // Implementations of the ops: `function` takes a Call, and, where Keys says so, the dispatch keys.
@@ -134,11 +128,9 @@ struct LayerBackwardImpl {
                                       const Optional& batch_sizes, const Optional& lengths,
                                       const Optional& resets, std::string_view mode,
                                       bool has_biases, c10::List<bool> needs) {
-    return needed(
-        function(keys..., Grads{dy, dh_n, dc_n, dcells},
-                 Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode, has_biases}, y,
-                 saved, needs),
-        y, needs);
+    return function(keys..., Grads{dy, dh_n, dc_n, dcells},
+                    Call{input, hx, cx, weights, batch_sizes, lengths, resets, mode, has_biases}, y,
+                    saved, needs);
   }
 };
 

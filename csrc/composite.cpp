@@ -395,7 +395,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
     const Tensor delta_x = deltas_x[0].defined() ? at::stack(deltas_x) : delta_h;
     const Tensor rows_x = rows.unpadded(delta_x), rows_h = rows.unpadded(delta_h);
 
-    if (needs[kInput] && !tokens) {
+    if (needs[kInput]) {
       const Tensor part = at::matmul(rows_x, w.W_ih.conj());
       dx = dx.defined() ? dx + part : part;
     }
@@ -417,8 +417,8 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
   }
   if (needs[kInput]) grads[kInput] = dx;
   if (needs[kHx]) grads[kHx] = at::stack(dh0);
-  if (needs[kCx] && sizes.has_state) grads[kCx] = at::stack(dc0);
-  return grads;
+  if (needs[kCx]) grads[kCx] = at::stack(dc0);
+  return listed(std::move(grads));
 }
 
 }  // namespace charrnn_fast::composite

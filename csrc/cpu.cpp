@@ -370,12 +370,12 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
   };
   // Rows that no sequence writes: past the ends, and states that a reset makes unused.
   const bool gaps = call.lengths.has_value(), unused = call.resets.has_value();
-  const std::vector<int64_t> state = {layer.D, layer.B, layer.H};
+  const std::array<int64_t, 3> state = {layer.D, layer.B, layer.H};
   std::vector<at::Tensor> grads;
   grads.reserve(needs.size());
-  grads.push_back(grad(needs[kInput] && !layer.tokens, call.input.sizes(), gaps));
+  grads.push_back(grad(needs[kInput], call.input.sizes(), gaps));
   grads.push_back(grad(needs[kHx], state, unused));
-  grads.push_back(grad(needs[kCx] && sizes_of(layer.cell).has_state, state, unused));
+  grads.push_back(grad(needs[kCx], state, unused));
   for (size_t i = 0; i < call.weights.size(); ++i) {
     grads.push_back(grad(needs[kFirstWeight + i], call.weights[i].sizes(), false));
   }
@@ -392,11 +392,11 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
       backward_layer(kernels, layer, rows, {dy, dh_n, dc_n, dcells}, call, y, saved, grads);
     });
   }
-  if (computed == dtype) return grads;
+  if (computed == dtype) return listed(std::move(grads));
   for (at::Tensor& each : grads) {
     if (each.defined()) each = each.to(dtype);
   }
-  return grads;
+  return listed(std::move(grads));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 
 #include <algorithm>
+#include <array>
 
 namespace charrnn_fast {
 namespace {
@@ -117,6 +118,10 @@ void check_needs(const Call& call, const c10::List<bool>& needs) {
   const size_t expected = kFirstWeight + call.weights.size();
   TORCH_CHECK(needs.size() == expected, "needs must have ", expected,
               " entries, one for each of input, hx, cx and the weights, got ", needs.size());
+  TORCH_CHECK(call.input.scalar_type() != at::kLong || !needs[kInput],
+              "needs of input must be False: token ids have no gradient");
+  TORCH_CHECK(sizes_of(parse_mode(call.mode)).has_state || !needs[kCx],
+              "needs of cx must be False: ", std::string(call.mode), " has no cell state");
 }
 
 Layer check_layer(const Call& call) {
@@ -182,9 +187,10 @@ Layer check_layer_backward(const Grads& grads, const Call& call, const at::Tenso
   const Layer layer = check_layer(call);
   const at::Tensor& weight = call.weights[0];
   const int64_t width = layer.D * layer.H;
-  const std::vector<int64_t> y_shape = layer.packed ? std::vector<int64_t>{layer.N, width}
-                                                    : std::vector<int64_t>{layer.T, layer.B, width};
-  const std::vector<int64_t> state_shape = {layer.D, layer.B, layer.H};
+  using Shape = std::array<int64_t, 3>;
+  const Shape steps = layer.packed ? Shape{layer.N, width} : Shape{layer.T, layer.B, width};
+  const at::IntArrayRef y_shape(steps.data(), layer.packed ? 2 : 3);
+  const Shape state_shape = {layer.D, layer.B, layer.H};
   check_same_kind(y, "y", weight);
   check_shape(y, "y", y_shape);
   const auto check = [&](const Optional& grad, const char* name, at::IntArrayRef shape) {

@@ -88,15 +88,16 @@ class BoundOp {
  private:
   void run_any() {
     // y, h_n, c_n of an LSTM, then what is kept, of LSTM and GRU.
-    const Tensors forward = forward_->call(x_, hx_, cx_, weights_, std::nullopt, lengths_,
-                                           std::nullopt, mode_, true, false, dy_.has_value());
+    Tensors forward = forward_->call(x_, hx_, cx_, weights_, std::nullopt, lengths_, std::nullopt,
+                                     mode_, true, false, dy_.has_value());
     results_.push_back(forward[0]);
     if (!dy_.has_value()) return;
     const size_t kept = cx_.has_value() ? 3 : 2;
     const Optional saved = forward.size() > kept ? Optional(forward[kept]) : std::nullopt;
-    append(backward_->call(dy_, std::nullopt, std::nullopt, std::nullopt, x_, hx_, cx_, weights_,
-                           forward[0], saved, std::nullopt, lengths_, std::nullopt, mode_, true,
-                           needs_));
+    const Tensor y = forward[0];
+    forward.clear();  // a caller that needs y alone drops the rest before backward
+    append(backward_->call(dy_, std::nullopt, std::nullopt, std::nullopt, x_, hx_, cx_, weights_, y,
+                           saved, std::nullopt, lengths_, std::nullopt, mode_, true, needs_));
   }
 
   void run_elman() {

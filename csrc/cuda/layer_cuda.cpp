@@ -317,12 +317,12 @@ std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
   const auto finish = [&] {
     for (size_t i = 0; i < grads.size(); ++i) {
       if (grads[i].defined()) continue;
-      if (!nothing || !needs[i] || i == kCx) continue;
+      if (!nothing || !needs[i]) continue;
       grads[i] = i == kInput ? at::zeros(call.input.sizes(), y.options())
                  : i == kHx  ? at::zeros({layer.D, layer.B, layer.H}, y.options())
                              : at::zeros_like(call.weights[i - kFirstWeight]);
     }
-    return grads;
+    return listed(std::move(grads));
   };
   if (nothing) return finish();
 
@@ -349,7 +349,7 @@ std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
     const Tensor delta_d = columns(delta, layer, d);
     const size_t first = first_weight(call.has_biases, d);
     const Tensor& W_ih = weights_of(call, d).W_ih;
-    if (needs[kInput] && !layer.tokens) {
+    if (needs[kInput]) {
       if (d == 0) {
         grads[kInput] = at::mm(delta_d, W_ih);
       } else {

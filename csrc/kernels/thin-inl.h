@@ -26,11 +26,14 @@ __attribute__((noinline)) void thin_tile(const ThinArgs<scalar>& args, int64_t f
                                          Range packed, int64_t column) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
+  const int64_t columns = args.columns;
   const int64_t left = args.columns - column - (P - 1) * L;
   const int64_t last_lanes = left < L ? left : L;
-  const auto row_of_b = [&](int64_t k) {
-    const int64_t row = k + args.first_row;
-    return args.b + (row < args.K ? row : row - args.K) * args.columns;
+  // Branch-free, and the product is stepped from k to k.
+  const scalar* const first_of_b = args.b + args.first_row * args.columns;
+  const int64_t before_row_0 = args.K - args.first_row, all_of_b = args.K * args.columns;
+  const auto row_of_b = [=](int64_t k) {
+    return first_of_b + (k * columns - (k < before_row_0 ? 0 : all_of_b));
   };
   Vec<Sum> sum[R * P];
 #pragma GCC unroll 16
