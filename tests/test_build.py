@@ -1,10 +1,13 @@
 """What was built: the right instructions in the right files, the right torch, a sound package."""
 
 import hashlib
+import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -42,9 +45,7 @@ def built_objects() -> list[Path]:
     """Every object of the kernels' library and of the extension."""
     kernels = [Path(path) for path in objects()]
     binding = kernels[0].parents[1] / f"torch-{torch.__version__}"
-    sources = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
-    made = [binding / source.with_suffix(".o") for source in sources]
-    return [*kernels, *(path for path in made if path.exists())]
+    return [*kernels, binding / "binding.o"]
 
 
 @needs_objects
@@ -269,7 +270,7 @@ def test_a_missing_extension_is_one_sentence(tmp_path: Path) -> None:
     shutil.copytree(
         Path(charrnn_fast.__file__).parent,
         tmp_path / "charrnn_fast",
-        ignore=shutil.ignore_patterns("*.so", "_C.torch"),
+        ignore=shutil.ignore_patterns("*.so", "_C*.torch"),
     )
     command = [sys.executable, "-c", "import charrnn_fast._extension"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -360,6 +361,47 @@ def program(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
     return str(path)
+
+
+@needs_objects
+def test_a_build_does_only_what_is_out_of_date(tmp_path: Path, monkeypatch) -> None:
+    """A change to a source, to a header that it includes, to a command; a loss; a failure."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    setup = importlib.import_module("setup")
+    source, header = tmp_path / "a.cpp", tmp_path / "its own.h"
+    source.write_text('#include "its own.h"\n', encoding="utf-8")
+    compiled, linked = str(tmp_path / "made" / "a.o"), str(tmp_path / "made" / "a.so")
+    done: list[str] = []
+    make = setup.Step.make
+    monkeypatch.setattr(setup.Step, "make", lambda step: (done.append(step.kind), make(step)))
+
+    def build(*flags: str) -> list[str]:
+        """The kinds of the steps that are done."""
+        command = ["c++", "-fPIC", *flags, "-MMD", "-MF", f"{compiled}.d"]
+        command += ["-c", str(source), "-o", compiled]
+        steps = [  # in the wrong order
+            setup.Step("link", linked, ["c++", "-shared", compiled, "-o", linked], [compiled]),
+            setup.Step("compile", compiled, command, [str(source)]),
+        ]
+        done.clear()
+        return done if setup.make_all(steps, 1) else [*done, "failed"]
+
+    header.write_text("int a();\n", encoding="utf-8")
+    assert build() == ["compile", "link"]
+    assert build() == []
+    assert build("-O1") == ["compile", "link"]
+    header.write_text("int b();\n", encoding="utf-8")
+    assert build("-O1") == ["compile", "link"]
+    Path(linked).unlink()
+    assert build("-O1") == ["link"]
+    header.write_text("wrong\n", encoding="utf-8")
+    assert build("-O1") == ["compile", "failed"]
+    assert build("-O1") == ["compile", "failed"]
+    header.write_text("int a();\n", encoding="utf-8")
+    assert build("-O1") == ["compile", "link"]
+    # A change that comes while the compiler runs is one that it may not have seen.
+    os.utime(header, (time.time() + 1, time.time() + 1))
+    assert build("-O1") == ["compile", "link"]
 
 
 @needs_objects

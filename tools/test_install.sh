@@ -46,7 +46,7 @@ say "make clean"
 "$python" -m venv "$work/env"
 pip="$work/env/bin/python -m pip --disable-pip-version-check -q"
 SECONDS=0
-$pip install -c requirements/ci.txt "torch==$version" setuptools ninja packaging 2>/dev/null
+$pip install -c requirements/ci.txt "torch==$version" setuptools packaging 2>/dev/null
 say "torch $version into a fresh environment"
 $pip install -c requirements/ci.txt --no-build-isolation . 2>/dev/null
 works "$work/env/bin/python"
