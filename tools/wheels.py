@@ -1,7 +1,7 @@
 """One wheel for this Python, with a binding for each minor version of torch; and its test.
 
-usage: wheels.py build [--torch VERSION ...]
-       wheels.py test [--torch VERSION ...] [PYTEST ARGUMENTS]
+usage: wheels.py build [--torch VERSION]
+       wheels.py test [--torch VERSION] [PYTEST ARGUMENTS]
 
 A build wants no torch that can run: its headers, and the four libraries that a binding is linked
 to, are kept in build/torches (3 GB). A test has an environment in build/wheel-tests for each torch,
@@ -108,14 +108,19 @@ def test(version, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("build", "test"))
-    parser.add_argument("--torch", nargs="+", help="other versions")
+    parser.add_argument("--torch", action="append", help="a version, in place of all; repeatable")
     options, arguments = parser.parse_known_args()
     if options.action == "build":
-        build(options.torch or VERSIONS)
-    else:
-        for version in options.torch or TESTED:
-            print(f"torch {version}", flush=True)
-            test(version, arguments or ["tests"])
+        return build(options.torch or VERSIONS)
+    failed = []
+    for version in options.torch or TESTED:
+        print(f"torch {version}", flush=True)
+        try:
+            test(version, arguments)
+        except subprocess.CalledProcessError:
+            failed.append(version)
+    if failed:
+        sys.exit(f"error: failed with torch {', '.join(failed)}.")
 
 
 if __name__ == "__main__":
