@@ -309,7 +309,9 @@ def make_all(steps, jobs):
             running[step.output] = pool.submit(make, step)
         done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
         pool.shutdown(wait=False, cancel_futures=True)
-    return not any(future.exception() for future in done)
+    errors = {future.exception() for future in done} - {None}
+    print(*errors, sep="\n", end="\n" * bool(errors), file=sys.stderr)
+    return not errors
 
 
 def write(path, text):
