@@ -283,7 +283,7 @@ def run(cell: Cell, call: Call) -> Any:
         False,
         False,
     )
-    states = [ops.first_step(state) for state in ([y, c_n] if has_pair(cell) else [y])]
+    states = [ops.squeeze_step(state) for state in ([y, c_n] if has_pair(cell) else [y])]
     if ops.GATES[mode_of(cell)] > 1:
         states = widened(call, call.c0 if has_pair(cell) else call.h0, states)
     if not call.batched:

@@ -127,10 +127,10 @@ def batch_first(output: Tensor) -> Tensor:
     return output.transpose(0, 1)
 
 
-def first_step(output: Tensor) -> Tensor:
+def squeeze_step(output: Tensor) -> Tensor:
     """``(B, H)`` of a result ``(1, B, H)``; no view of it where that can be had."""
     if type(output) is Tensor and not torch.compiler.is_compiling():
-        return _C.first_step(output)
+        return _C.squeeze_step(output)
     return output.squeeze(0)
 
 

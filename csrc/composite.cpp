@@ -46,7 +46,7 @@ Tensor as_rows(const Tensor& tensor) {
 
 // Where rows lie: how many steps, for packed or ragged input which rows are real, and where a
 // sequence is split in pieces.
-struct Rows {
+struct PaddedRows {
   int64_t T = 0;
   bool packed = false;
   Tensor valid;   // bool [T, B, 1], or undefined: all rows are
@@ -70,10 +70,10 @@ struct Rows {
   }
 };
 
-Rows find_rows(const Call& call) {
+PaddedRows find_rows(const Call& call) {
   const auto& [input, batch_sizes, lengths, resets] =
       std::tie(call.input, call.batch_sizes, call.lengths, call.resets);
-  Rows rows;
+  PaddedRows rows;
   Tensor length;
   if (batch_sizes.has_value()) {
     const Tensor sizes = batch_sizes->contiguous();
@@ -117,7 +117,7 @@ Rows find_rows(const Call& call) {
 
 // The input as the formula may see it. What is past a sequence's end may be anything, nan too, and
 // a gradient of zero times that is nan.
-Tensor without_padding(const Tensor& input, const Rows& rows) {
+Tensor without_padding(const Tensor& input, const PaddedRows& rows) {
   if (rows.packed || !rows.valid.defined() || input.scalar_type() == at::kLong) return input;
   return at::where(rows.valid, input, at::zeros_like(input));
 }
@@ -198,7 +198,7 @@ class StepsBackward {
  public:
   // y [T, B, H], from_x [T, B, G*H], and before [T, B, H] the h that each step began from. Of
   // from_x and before an Elman cell makes no use.
-  StepsBackward(Cell cell, const Weights& w, const Rows& rows, bool reverse, const Tensor& y,
+  StepsBackward(Cell cell, const Weights& w, const PaddedRows& rows, bool reverse, const Tensor& y,
                 const Tensor& from_x, const Tensor& before, const State& start)
       : cell_(cell), W_hh_(w.W_hh.conj()), y_(y.unbind(0)) {
     if (cell == Cell::kLstm) {
@@ -229,7 +229,7 @@ class StepsBackward {
   }
 
  private:
-  void lstm(const Tensor& sums, const Rows& rows, bool reverse, Tensor c) {
+  void lstm(const Tensor& sums, const PaddedRows& rows, bool reverse, Tensor c) {
     const std::vector<Tensor> sum = sums.chunk(4, -1);
     const Tensor i = at::sigmoid(sum[0]), f = at::sigmoid(sum[1]), g = at::tanh(sum[2]);
     const Tensor o = at::sigmoid(sum[3]), added = i * g;
@@ -269,7 +269,7 @@ class StepsBackward {
 };
 
 // The h that each step began from: [T, B, H], of y [T, B, H] and h0 [B, H].
-Tensor states_before(const Tensor& y, const Tensor& h0, const Rows& rows, bool reverse) {
+Tensor states_before(const Tensor& y, const Tensor& h0, const PaddedRows& rows, bool reverse) {
   const Tensor first = h0.unsqueeze(0);
   Tensor before = reverse ? at::cat({y.slice(0, 1), first}) : at::cat({first, y.slice(0, 0, -1)});
   // A shorter sequence starts, in reverse, at its own last step.
@@ -285,7 +285,7 @@ LayerResult forward(const Call& call) {
   const Cell cell = parse_mode(call.mode);
   const CellSizes sizes = sizes_of(cell);
   check_kind(call);
-  const Rows rows = find_rows(call);
+  const PaddedRows rows = find_rows(call);
   check_ids(call);
   const Tensor input = without_padding(call.input, rows);
   std::vector<Tensor> y, cells, h_n, c_n;
@@ -339,7 +339,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
   TORCH_CHECK(!saved.has_value() || (saved->layout() == at::kStrided && !saved->is_quantized()),
               "saved must be what rnn_layer returned, or None");
   check_ids(call);
-  const Rows rows = find_rows(call);
+  const PaddedRows rows = find_rows(call);
   const Tensor input = without_padding(call.input, rows);
   const int64_t D = directions_of(call);
   // The columns of one direction of what has those of all: [T, B, H].

@@ -196,7 +196,7 @@ at::Tensor batch_first(const at::Tensor& output) {
       output, [&] { return output.transpose(0, 1); }, [&] { return output.transpose_(0, 1); });
 }
 
-at::Tensor first_step(const at::Tensor& output) {
+at::Tensor squeeze_step(const at::Tensor& output) {
   return reshaped(output, [&] { return output.squeeze(0); }, [&] { return output.squeeze_(0); });
 }
 
@@ -426,7 +426,7 @@ PyObject* cell_or_none(const Kind& kind, PyObject* dict, const Arguments& given)
         run(*input, state, weights, std::nullopt, reset, mode, bias, 1, 0, false, false, false);
     for (at::Tensor* result : {&results.output, &results.c_n}) {
       if (result == &results.c_n && !kind.pair) continue;
-      *result = first_step(*result);
+      *result = squeeze_step(*result);
       if (!batched) *result = result->squeeze(0);
     }
   }
@@ -565,7 +565,7 @@ void define_short_way(pybind11::module_& m) {
   PyModule_AddFunctions(m.ptr(), kMethods);
   m.def("describe", describe);
   m.def("batch_first", batch_first);
-  m.def("first_step", first_step);
+  m.def("squeeze_step", squeeze_step);
 }
 
 }  // namespace charrnn_fast

@@ -7,7 +7,7 @@
 
 namespace charrnn_fast {
 
-// Defines in charrnn_fast._C: forward, call, cell, describe, batch_first and first_step.
+// Defines in charrnn_fast._C: forward, call, cell, describe, batch_first and squeeze_step.
 void define_short_way(pybind11::module_& m);
 
 }  // namespace charrnn_fast

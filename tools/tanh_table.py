@@ -22,6 +22,22 @@ SATURATES = 9.1  # tanh rounds to 1 from here on
 POINTS, ROUNDS = 24, 24  # of a piece; of Lawson's algorithm
 CENTERS = 3000  # tried to either side of the middle
 
+HEAD = """\
+// float32's tanh in 32 intervals of |x|, a polynomial of degree 4 each: tanh|x| = c0 + c1 t + ... +
+// c4 t^4, t = |x| - center. Made by tools/tanh_table.py, which has the method.
+#pragma once
+
+namespace charrnn_fast {
+namespace {
+
+// clang-format off"""
+TAIL = """\
+};
+// clang-format on
+
+}  // namespace
+}  // namespace charrnn_fast"""
+
 
 def first_piece() -> int:
     return int(np.float32(OFFSET).view(np.uint32)) >> SHIFT
@@ -102,8 +118,7 @@ def main() -> None:
     table = [piece(number) for number in range(PIECES)]
     # A permutation reads the low five bits of a piece's number.
     turned = [table[(place - first_piece()) % PIECES] for place in range(PIECES)]
-    print("// Made by tools/tanh_table.py, which tells what it is.")
-    print("// clang-format off")
+    print(HEAD)
     print(f"constexpr float kTanhOffset = {OFFSET}f, kTanhSaturates = {SATURATES}f;")
     print(f"constexpr int kTanhShift = {SHIFT};")
     print("// The centers, then c0 to c4.")
@@ -113,8 +128,7 @@ def main() -> None:
             numbers = ", ".join(f"{value:.9e}f" for value in row[first : first + 4])
             print("    " + ("{" if first == 0 else " ") + numbers, end="")
             print("}," if first == PIECES - 4 else ",")
-    print("};")
-    print("// clang-format on")
+    print(TAIL)
 
 
 if __name__ == "__main__":

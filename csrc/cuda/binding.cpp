@@ -10,7 +10,7 @@
 
 namespace charrnn_fast::cuda {
 
-Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device) {
+LaunchPlan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device) {
   constexpr int kMaxDevices = 64;
   static std::array<DeviceLimits, kMaxDevices> limits;
   static std::array<const char*, kMaxDevices> errors;

@@ -64,7 +64,7 @@ __device__ Best best_of(const float* scores, int V, Shared* shared) {
 // top_p leave a character out. The rules of `draw` in charrnn_fast/charlm/sample.py; instead of
 // sorting, each thread looks at all of V for each character of its own. Returns where the weights
 // are: both arrays may be written.
-__device__ const float* weigh(const GenerateArgs& args, float best, float* scores, float* weights) {
+__device__ const float* weigh(const DrawArgs& args, float best, float* scores, float* weights) {
   const int V = static_cast<int>(args.V);
   for (int v = threadIdx.x; v < V; v += kThreads) {
     int64_t greater = 0;
@@ -129,7 +129,7 @@ __device__ void draw(const float* weights, int V, float u, Shared* shared) {
   shared->character = drawn;
 }
 
-__global__ void __launch_bounds__(kThreads) generate(const __grid_constant__ GenerateArgs args) {
+__global__ void __launch_bounds__(kThreads) generate(const __grid_constant__ DrawArgs args) {
   Shared* shared = reinterpret_cast<Shared*>(dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, V = static_cast<int>(args.V);
   const int64_t s = blockIdx.x, H = args.H, states = args.layers * H;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) generate(const __grid_constant__ Gen
 }  // namespace
 }  // namespace charrnn_fast::cuda
 
-extern "C" const char* charrnn_fast_cuda_generate(const charrnn_fast::cuda::GenerateArgs* args,
+extern "C" const char* charrnn_fast_cuda_generate(const charrnn_fast::cuda::DrawArgs* args,
                                                   void* stream) {
   using namespace charrnn_fast::cuda;
   if (args->V > 0x7fffffff || args->S > 0x7fffffff) return "too many characters or streams";

@@ -52,7 +52,7 @@ Generated generate(const GenerateCall& call) {
   const auto data = [](const Tensor& tensor) {
     return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
   };
-  const GenerateArgs args = {
+  const DrawArgs args = {
       .S = sizes.S,
       .N = sizes.N,
       .H = sizes.H,

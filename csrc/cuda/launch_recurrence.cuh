@@ -10,7 +10,8 @@
 namespace charrnn_fast::cuda {
 
 template <int kTile, bool backward>
-const char* launch_block(const Plan& plan, const RecurrenceArgs& args, dim3 grid, void* stream) {
+const char* launch_block(const LaunchPlan& plan, const RecurrenceArgs& args, dim3 grid,
+                         void* stream) {
   const auto run = [&](auto kernel) {
     return launch(kernel, grid, kThreads, plan.shared_bytes, false, stream, args);
   };
@@ -24,12 +25,13 @@ const char* launch_block(const Plan& plan, const RecurrenceArgs& args, dim3 grid
 }
 
 template <int kTile, bool backward>
-const char* launch_grid(const Plan& plan, const RecurrenceArgs& args, dim3 grid, void* stream) {
+const char* launch_grid(const LaunchPlan& plan, const RecurrenceArgs& args, dim3 grid,
+                        void* stream) {
   return launch(grid_recurrence<kTile, backward>, grid, kThreads, plan.shared_bytes, true, stream,
                 args);
 }
 
-using Launch = const char* (*)(const Plan&, const RecurrenceArgs&, dim3, void*);
+using Launch = const char* (*)(const LaunchPlan&, const RecurrenceArgs&, dim3, void*);
 
 template <bool backward, int... tile>
 Launch block_launch(int wanted, std::integer_sequence<int, tile...>) {
@@ -44,7 +46,7 @@ Launch grid_launch(int wanted, std::integer_sequence<int, tile...>) {
 }
 
 template <bool backward>
-const char* launch_recurrence(const Plan& plan, RecurrenceArgs args, void* stream) {
+const char* launch_recurrence(const LaunchPlan& plan, RecurrenceArgs args, void* stream) {
   Launch run;
   switch (plan.design) {
     case Design::kBlock:

@@ -26,14 +26,14 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 // The rows of a layer, on the host and on the device.
-struct Rows {
+struct DeviceRows {
   std::vector<int64_t> running;   // of packed rows: sequences at each step
   std::vector<int64_t> step_row;  // of packed rows: the first row of each step
   std::vector<int64_t> lengths;   // empty: all T
   Tensor device_step_row, device_lengths;
 
-  Rows(const Layer& layer, const Optional& batch_sizes, const Optional& given,
-       const at::Device& device) {
+  DeviceRows(const Layer& layer, const Optional& batch_sizes, const Optional& given,
+             const at::Device& device) {
     if (batch_sizes.has_value()) {
       const Tensor sizes = batch_sizes->contiguous();
       const int64_t* size = sizes.const_data_ptr<int64_t>();
@@ -100,7 +100,7 @@ void project(const Layer& layer, const Call& call, Tensor& y) {
   }
 }
 
-RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, const Call& call,
+RecurrenceArgs recurrence_args(const Layer& layer, const DeviceRows& rows, const Call& call,
                                const Tensor& y) {
   RecurrenceArgs args{};
   args.T = layer.T;
@@ -118,12 +118,12 @@ RecurrenceArgs recurrence_args(const Layer& layer, const Rows& rows, const Call&
   return args;
 }
 
-Tensor workspace(const Plan& plan, const Layer& layer, const Tensor& y) {
+Tensor workspace(const LaunchPlan& plan, const Layer& layer, const Tensor& y) {
   return at::zeros({static_cast<int64_t>(recurrence_workspace(plan, layer.B, layer.H, layer.D))},
                    y.options().dtype(at::kByte));
 }
 
-StepArgs step_args(const Layer& layer, const Rows& rows, const Tensor& y) {
+StepArgs step_args(const Layer& layer, const DeviceRows& rows, const Tensor& y) {
   StepArgs args{};
   args.before = -1;
   args.T = layer.T;
@@ -137,7 +137,8 @@ StepArgs step_args(const Layer& layer, const Rows& rows, const Tensor& y) {
 }
 
 // kStep: y holds the projection, and h_n the state, which begins as h0.
-void forward_steps(const Layer& layer, const Rows& rows, const Call& call, Tensor& y, Tensor& h_n) {
+void forward_steps(const Layer& layer, const DeviceRows& rows, const Call& call, Tensor& y,
+                   Tensor& h_n) {
   const Optional& hx = call.hx;
   if (hx.has_value()) {
     h_n.copy_(*hx);
@@ -160,8 +161,8 @@ void forward_steps(const Layer& layer, const Rows& rows, const Call& call, Tenso
   }
 }
 
-void backward_steps(const Layer& layer, const Rows& rows, const Grads& grads, const Call& call,
-                    const Tensor& y, Tensor& delta, Tensor& dh0) {
+void backward_steps(const Layer& layer, const DeviceRows& rows, const Grads& grads,
+                    const Call& call, const Tensor& y, Tensor& delta, Tensor& dh0) {
   const Optional &dy = grads.dy, &dh_n = grads.dh_n;
   const Tensor flat_y = y.view({layer.N, layer.D * layer.H});
   Tensor product = at::empty({layer.B, layer.H}, y.options()), compact = at::empty_like(product);
@@ -215,8 +216,8 @@ Tensor token_gradient(const Layer& layer, const Tensor& ids, const Tensor& delta
 }
 
 // dW_hh: delta' times the state before each row.
-Tensor recurrent_gradient(const Layer& layer, const Rows& rows, int64_t d, const Tensor& delta,
-                          const Tensor& y, const Optional& hx) {
+Tensor recurrent_gradient(const Layer& layer, const DeviceRows& rows, int64_t d,
+                          const Tensor& delta, const Tensor& y, const Optional& hx) {
   const int64_t T = layer.T, B = layer.B;
   if (layer.packed) {
     // Row N + b of this stands for the initial state of sequence b.
@@ -280,8 +281,8 @@ LayerResult layer(const Call& given) {
   const LayerResult result{y, h_n, Tensor(), Tensor(), Tensor()};
   if (layer.N == 0 || layer.H == 0) return result;
 
-  const Plan plan = plan_layer(layer, dtype_of(y), y.device());
-  const Rows rows(layer, call.batch_sizes, call.lengths, y.device());
+  const LaunchPlan plan = plan_layer(layer, dtype_of(y), y.device());
+  const DeviceRows rows(layer, call.batch_sizes, call.lengths, y.device());
   project(layer, call, y);
   if (plan.design == Design::kStep) {
     forward_steps(layer, rows, call, y, h_n);
@@ -326,8 +327,8 @@ std::vector<Tensor> layer_backward(const Grads& given_grads, const Call& given,
   };
   if (nothing) return finish();
 
-  const Plan plan = plan_layer(layer, dtype_of(y), y.device());
-  const Rows rows(layer, call.batch_sizes, call.lengths, y.device());
+  const LaunchPlan plan = plan_layer(layer, dtype_of(y), y.device());
+  const DeviceRows rows(layer, call.batch_sizes, call.lengths, y.device());
   Tensor delta = at::empty({layer.N, layer.D * layer.H}, y.options());
   Tensor dh0 = needs[kHx] ? at::empty({layer.D, layer.B, layer.H}, y.options()) : Tensor();
   if (plan.design == Design::kStep) {

@@ -10,7 +10,7 @@
 namespace charrnn_fast::cuda {
 
 // How a device is to run the recurrence of a layer; an Error when the device cannot be asked.
-Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device);
+LaunchPlan plan_layer(const Layer& layer, Dtype dtype, const at::Device& device);
 // The stream that torch runs this device's work on now.
 void* current_stream(const at::Device& device);
 

@@ -41,7 +41,7 @@ int block_tile(int64_t H, Dtype dtype, const DeviceLimits& limits, int rows) {
   return -1;
 }
 
-Plan refuse(Design design) { return {design, -1, 0, 0, 0, 0, false, nullptr}; }
+LaunchPlan refuse(Design design) { return {design, -1, 0, 0, 0, 0, false, nullptr}; }
 
 // Cycles of a thread block for one product W s of one sequence.
 double product_cycles(const Tile& tile, const DeviceLimits& limits) {
@@ -54,12 +54,12 @@ double product_cycles(const Tile& tile, const DeviceLimits& limits) {
   return std::max(multiply, shared);
 }
 
-double block_cycles(const Plan& plan, int64_t D, const DeviceLimits& limits) {
+double block_cycles(const LaunchPlan& plan, int64_t D, const DeviceLimits& limits) {
   const double waves = ceil_div(plan.blocks * D, limits.multiprocessors);
   return waves * (kStepCycles + plan.rows * product_cycles(kBlockTiles[plan.tile], limits));
 }
 
-double grid_cycles(const Plan& plan, int64_t D, const DeviceLimits& limits) {
+double grid_cycles(const LaunchPlan& plan, int64_t D, const DeviceLimits& limits) {
   return (plan.together ? 1 : D) *
          (kGridCycles + ceil_div(plan.rows, kStagedRows) * kStagingCycles +
           plan.rows * product_cycles(kGridTiles[plan.tile], limits));
@@ -73,9 +73,9 @@ double step_cycles(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceLim
 
 }  // namespace
 
-Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
-                 const DeviceLimits& limits) {
-  Plan plan = refuse(design);
+LaunchPlan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
+                       const DeviceLimits& limits) {
+  LaunchPlan plan = refuse(design);
   const bool has_registers = limits.registers_per_sm >= kThreads * 255;
   switch (design) {
     case Design::kBlock: {
@@ -127,7 +127,7 @@ Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
   return plan;
 }
 
-double plan_cycles(const Plan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
+double plan_cycles(const LaunchPlan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
                    const DeviceLimits& limits) {
   switch (plan.design) {
     case Design::kBlock:
@@ -140,10 +140,11 @@ double plan_cycles(const Plan& plan, int64_t H, int64_t B, int64_t D, Dtype dtyp
   return step_cycles(H, B, D, dtype, limits);
 }
 
-Plan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceLimits& limits) {
-  Plan best = plan_design(Design::kStep, H, B, D, dtype, limits);
+LaunchPlan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype,
+                           const DeviceLimits& limits) {
+  LaunchPlan best = plan_design(Design::kStep, H, B, D, dtype, limits);
   for (Design design : {Design::kGrid, Design::kBlock}) {
-    const Plan plan = plan_design(design, H, B, D, dtype, limits);
+    const LaunchPlan plan = plan_design(design, H, B, D, dtype, limits);
     if (plan.reason != nullptr &&
         plan_cycles(plan, H, B, D, dtype, limits) < plan_cycles(best, H, B, D, dtype, limits)) {
       best = plan;
@@ -152,7 +153,7 @@ Plan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceL
   return best;
 }
 
-size_t recurrence_workspace(const Plan& plan, int64_t B, int64_t H, int64_t D) {
+size_t recurrence_workspace(const LaunchPlan& plan, int64_t B, int64_t H, int64_t D) {
   if (plan.design != Design::kGrid) return 0;
   const int64_t groups = plan.blocks / plan.blocks_in_group;
   return static_cast<size_t>(D * groups * kCounterBytes + 2 * D * B * H * 4);

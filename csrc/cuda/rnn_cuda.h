@@ -35,7 +35,7 @@ struct DeviceLimits {
   bool cooperative;        // cooperative launch is supported
 };
 
-struct Plan {
+struct LaunchPlan {
   Design design;
   int tile;             // which instance of the kernel; see kBlockTiles and kGridTiles
   int rows;             // sequences of a block (kBlock), or of a group of blocks (kGrid)
@@ -87,15 +87,16 @@ constexpr int kGridTileCount = sizeof(kGridTiles) / sizeof(Tile);
 constexpr int64_t kMaxHidden = 2048;
 
 // Chooses by a model of cycles per step. Pure: no device is asked. H and B >= 1.
-Plan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype, const DeviceLimits& limits);
+LaunchPlan plan_recurrence(int64_t H, int64_t B, int64_t D, Dtype dtype,
+                           const DeviceLimits& limits);
 // The plan for one design, whatever it costs. Null reason when the device cannot run it.
-Plan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
-                 const DeviceLimits& limits);
+LaunchPlan plan_design(Design design, int64_t H, int64_t B, int64_t D, Dtype dtype,
+                       const DeviceLimits& limits);
 // What a step costs by the model that plan_recurrence chooses by.
-double plan_cycles(const Plan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
+double plan_cycles(const LaunchPlan& plan, int64_t H, int64_t B, int64_t D, Dtype dtype,
                    const DeviceLimits& limits);
 // Bytes of RecurrenceArgs::workspace, all of them zero at launch.
-size_t recurrence_workspace(const Plan& plan, int64_t B, int64_t H, int64_t D);
+size_t recurrence_workspace(const LaunchPlan& plan, int64_t B, int64_t H, int64_t D);
 
 // One layer of D directions; with state s, product p = W s and an elementwise function f:
 //   forward:   s_t = f(in_t + W_hh s_{t-1})            out = y          in = x W_ih' + b_ih + b_hh
@@ -165,7 +166,7 @@ struct SegmentSumArgs {
 
 // S streams, N characters each, all float32. The first layer is fed by a table of rows, the others
 // by the layer below.
-struct GenerateArgs {
+struct DrawArgs {
   int64_t S, N, H, V;
   int32_t layers;
   Cell cell;
@@ -191,9 +192,9 @@ struct GenerateArgs {
 // cudaStream_t.
 extern "C" {
 const char* charrnn_fast_cuda_limits(int device, charrnn_fast::cuda::DeviceLimits* limits);
-const char* charrnn_fast_cuda_forward(const charrnn_fast::cuda::Plan* plan,
+const char* charrnn_fast_cuda_forward(const charrnn_fast::cuda::LaunchPlan* plan,
                                       const charrnn_fast::cuda::RecurrenceArgs* args, void* stream);
-const char* charrnn_fast_cuda_backward(const charrnn_fast::cuda::Plan* plan,
+const char* charrnn_fast_cuda_backward(const charrnn_fast::cuda::LaunchPlan* plan,
                                        const charrnn_fast::cuda::RecurrenceArgs* args,
                                        void* stream);
 const char* charrnn_fast_cuda_step_forward(const charrnn_fast::cuda::StepArgs* args, void* stream);
@@ -201,5 +202,5 @@ const char* charrnn_fast_cuda_step_backward(const charrnn_fast::cuda::StepArgs* 
 const char* charrnn_fast_cuda_gather(const charrnn_fast::cuda::GatherArgs* args, void* stream);
 const char* charrnn_fast_cuda_segment_sum(const charrnn_fast::cuda::SegmentSumArgs* args,
                                           void* stream);
-const char* charrnn_fast_cuda_generate(const charrnn_fast::cuda::GenerateArgs* args, void* stream);
+const char* charrnn_fast_cuda_generate(const charrnn_fast::cuda::DrawArgs* args, void* stream);
 }

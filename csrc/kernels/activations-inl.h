@@ -4,6 +4,13 @@
 // p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
 // (Remez). Where an ISA has a tanh of its own, activate() takes that. Accuracy
 // (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
+#pragma once
+
+#include "rnn.h"
+#include "vec-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 template <typename scalar>
 struct ExpConstants;
@@ -147,3 +154,6 @@ ALWAYS_INLINE Vec<scalar> activate_backward(Vec<scalar> g, Vec<scalar> y) {
   const Vec<scalar> zero = {};
   return select<scalar>(y <= zero, zero, g);
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,4 +1,13 @@
-// The vectors of AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats. Included as vec-inl.h is.
+// The vectors of AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include "isa-prologue.h"
+#include "tanh-table-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 6;  // 6 rows x 4 vectors: 24 accumulators
@@ -27,8 +36,6 @@ ALWAYS_INLINE void masked_store(float* p, __m512 v, int64_t n) {
 ALWAYS_INLINE void masked_store(double* p, __m512d v, int64_t n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
 }
-
-#include "tanh-table-inl.h"
 
 // tanh by one of 32 polynomials, whose coefficients are looked up in registers: half the time of
 // one with a division, and closer, within 1.5 ulp. The sums are paired, as the next step of a
@@ -87,3 +94,6 @@ ALWAYS_INLINE void transpose_lanes(const float* source, int64_t stride, float* t
     _mm512_storeu_ps(q + 12 * target_stride, _mm512_maskz_shuffle_f32x4(kAll, odd, odd2, 0xDD));
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,6 +1,17 @@
 // Backward of one direction of one layer: the deltas first, step by step; then dx, dh0 and the
 // weights' gradients as products over rows. A thread that reads no other thread's rows works in
 // chunks of steps, so that delta is still in cache.
+#pragma once
+
+#include "backward-space-inl.h"
+#include "backward-weights-inl.h"
+#include "cells-inl.h"
+#include "sequences-inl.h"
+#include "thin-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // The deltas of sequences' last steps, in a range of units: of rows of dy and of dh_n. Carries
 // begin here.
@@ -307,3 +318,6 @@ template <typename scalar>
 void backward(const BackwardArgs<scalar>& args, const Team& team) {
   with_cell(args.cell, [&](auto cell) { backward_all<decltype(cell)>(args, team); });
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,5 +1,16 @@
 // What backward of one direction of one layer works with: packed weights, where delta lies, and the
 // sums that become the weights' gradients.
+#pragma once
+
+#include "cells-inl.h"
+#include "outer-inl.h"
+#include "pack-inl.h"
+#include "sequences-inl.h"
+#include "thin-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Sums over the rows of one part of the sequences (see gradient_parts); null where not asked for.
 template <typename Sum>
@@ -226,3 +237,6 @@ void prepare_backward(const BackwardArgs<scalar>& args,
   }
   wait_for(team);
 }
+
+}  // namespace
+}  // namespace charrnn_fast

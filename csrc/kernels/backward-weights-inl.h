@@ -1,4 +1,13 @@
 // The gradients of the weights: sums over rows, which backward-inl.h has computed delta of.
+#pragma once
+
+#include "backward-space-inl.h"
+#include "cells-inl.h"
+#include "outer-inl.h"
+#include "sequences-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // The rows of a part, on their way into its sums.
 struct RowsOfPart {
@@ -214,3 +223,6 @@ void combine_parts(const BackwardArgs<scalar>& args, const BackwardSpace<CellTyp
   }
   if (space.sums[0].table != nullptr) store_tables(args, space, units);
 }
+
+}  // namespace
+}  // namespace charrnn_fast

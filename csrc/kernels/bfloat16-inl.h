@@ -3,6 +3,18 @@
 // Memory holds bfloat16, and every sum is a float, of two products at a time. Rounded to bfloat16,
 // to nearest even, are the states (as y holds them and W_hh multiplies them), the deltas, and at
 // their end the gradients. Denormals count as zeros, in products and in what is stored.
+#pragma once
+
+#include <immintrin.h>
+
+#ifndef CHARRNN_FAST_VECTORS
+#define CHARRNN_FAST_VECTORS "avx512-inl.h"  // parsed alone
+#endif
+#include "format-inl.h"
+#include "rnn.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Two terms side by side, the first one in the lower half.
 template <>
@@ -124,3 +136,6 @@ inline void pack_transposed_rows(const bfloat16* source, int64_t ld, int64_t K, 
     }
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

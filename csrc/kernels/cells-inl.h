@@ -4,6 +4,14 @@
 // units. forward() returns h and leaves in saved[] what backward() wants; c is updated in place.
 // backward() turns dh, the gradient of h, into deltas, the gradients of the sums; `carry` is what
 // goes on elementwise to the step before: dc of an LSTM, dh*z of a GRU.
+#pragma once
+
+#include "activations-inl.h"
+#include "format-inl.h"
+#include "rnn.h"
+
+namespace charrnn_fast {
+namespace {
 
 template <Cell activation>
 struct Elman {
@@ -231,3 +239,6 @@ ALWAYS_INLINE void backward_units(Vec<SumOf<scalar>> dh, const BackwardRow<scala
 #pragma GCC unroll 8
   for (int s = 0; s < kSums<CellType>; ++s) store_lanes(row.delta + s * H + j, delta[s], n);
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -2,6 +2,13 @@
 //
 // An epilogue says where the accumulators begin (init), what of its operands to prefetch while the
 // product is summed, and what to store. `total` holds the P vectors of one row of the tile.
+#pragma once
+
+#include "cells-inl.h"
+#include "format-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // out = init + a b. With `sums`, rows of init and out hold so many sums of every unit, vector by
 // vector, and whole vectors only: a panel of all gates fills the first of them.
@@ -184,3 +191,6 @@ struct BackwardOf {
     }
   }
 };
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,6 +1,12 @@
 // The numbers of a type in memory as the kernels see them: vectors of sums, and terms of products.
 //
 // Here is what every type does that is its own sum; bfloat16-inl.h has the other.
+#pragma once
+
+#include "vec-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // How numbers of a type in memory are multiplied and added up.
 template <typename scalar>
@@ -87,3 +93,10 @@ ALWAYS_INLINE void pack_terms(const RowsOfTerms<scalar>& rows, int64_t column, i
                               PackedOf<scalar>* target) {
   std::memcpy(target, rows.row[0] + column, n * sizeof(scalar));
 }
+
+}  // namespace
+}  // namespace charrnn_fast
+
+#ifdef CHARRNN_FAST_BFLOAT16
+#include "bfloat16-inl.h"
+#endif

@@ -1,4 +1,14 @@
 // Forward of one direction of one layer.
+#pragma once
+
+#include "cells-inl.h"
+#include "one-step-inl.h"
+#include "pack-inl.h"
+#include "sequences-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Whether none of n numbers is infinite or NaN.
 template <typename scalar>
@@ -352,3 +362,6 @@ template <typename scalar>
 void forward(const ForwardArgs<scalar>& args, const Team& team) {
   with_cell(args.cell, [&](auto cell) { forward_all<decltype(cell)>(args, team); });
 }
+
+}  // namespace
+}  // namespace charrnn_fast

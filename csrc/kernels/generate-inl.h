@@ -1,4 +1,14 @@
 // Generation: characters drawn one after the other, each from the scores that the one before gave.
+#pragma once
+
+#include "cells-inl.h"
+#include "one-step-inl.h"
+#include "pack-inl.h"
+#include "sequences-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Streams that draw together: a running sum waits for each addition, so several go side by side.
 constexpr int kDrawTogether = 4;
@@ -399,3 +409,6 @@ void generate(const GenerateArgs<scalar>& args) {
     }
   });
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,6 +1,6 @@
-// What every isa_*.cpp includes before its namespace opens. Standard headers must come here: inside
-// the region compiled for an ISA, their weak templates would be compiled with its instructions and
-// could be the copies the linker keeps for every CPU.
+// The standard headers of the kernels, and no others: of a file that is compiled for an ISA, weak
+// templates with its instructions could be the copies that the linker keeps for every CPU. These
+// have none that are used; tests/test_build.py looks into the objects.
 #pragma once
 
 #include <cstddef>

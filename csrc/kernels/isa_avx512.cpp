@@ -1,14 +1,10 @@
-// AVX-512 (F, BW, DQ, VL).
-#include <immintrin.h>
-
-#include "isa-prologue.h"
+// The kernels for AVX-512 (F, BW, DQ, VL).
+#define CHARRNN_FAST_VECTORS "avx512-inl.h"
+#include "kernels-inl.h"
 #include "rnn.h"
 
 namespace charrnn_fast {
 namespace {
-
-#include "avx512-inl.h"
-#include "kernels-inl.h"
 
 bool supported() {
   __builtin_cpu_init();

@@ -1,7 +1,7 @@
-// AVX-512 with dot products of bfloat16. float and double run the kernels of AVX-512.
-#include <immintrin.h>
-
-#include "isa-prologue.h"
+// The kernels for AVX-512 with dot products of bfloat16. float and double run those of AVX-512.
+#define CHARRNN_FAST_VECTORS "avx512-inl.h"
+#define CHARRNN_FAST_BFLOAT16
+#include "kernels-inl.h"
 #include "rnn.h"
 
 namespace charrnn_fast {
@@ -10,10 +10,6 @@ extern const Kernels<float> kAvx512F32;
 extern const Kernels<double> kAvx512F64;
 
 namespace {
-
-#define CHARRNN_FAST_BFLOAT16
-#include "avx512-inl.h"
-#include "kernels-inl.h"
 
 constexpr Kernels<bfloat16> kBFloat16 = {all_finite<bfloat16>,
                                          forward_workspace<bfloat16>,

@@ -1,20 +1,10 @@
-// What every CPU of the architecture has: 128-bit vectors, multiply and add rounded apart.
-#include "isa-prologue.h"
+// The kernels for every CPU of the architecture.
+#define CHARRNN_FAST_VECTORS "baseline-inl.h"
+#include "kernels-inl.h"
 #include "rnn.h"
 
 namespace charrnn_fast {
 namespace {
-
-constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 4;  // 4 rows x 2 vectors: 8 accumulators of 16 registers
-constexpr int kTileVectors = 2;
-
-template <typename V>
-ALWAYS_INLINE V multiply_add(V a, V b, V c) {
-  return a * b + c;
-}
-
-#include "kernels-inl.h"
 
 bool supported() { return true; }
 

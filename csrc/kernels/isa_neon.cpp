@@ -1,24 +1,10 @@
-// NEON of aarch64: 32 registers of 4 floats, with fused multiply-add.
-#include <arm_neon.h>
-
-#include "isa-prologue.h"
+// The kernels for NEON of aarch64.
+#define CHARRNN_FAST_VECTORS "neon-inl.h"
+#include "kernels-inl.h"
 #include "rnn.h"
 
 namespace charrnn_fast {
 namespace {
-
-constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;  // 6 rows x 4 vectors: 24 accumulators
-constexpr int kTileVectors = 4;
-
-ALWAYS_INLINE float32x4_t multiply_add(float32x4_t a, float32x4_t b, float32x4_t c) {
-  return vfmaq_f32(c, a, b);
-}
-ALWAYS_INLINE float64x2_t multiply_add(float64x2_t a, float64x2_t b, float64x2_t c) {
-  return vfmaq_f64(c, a, b);
-}
-
-#include "kernels-inl.h"
 
 bool supported() { return true; }  // part of every aarch64
 

@@ -1,4 +1,13 @@
 // A linear layer, forward. (Backward is that of one step of an RNN.)
+#pragma once
+
+#include "pack-inl.h"
+#include "rnn.h"
+#include "sequences-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 template <typename scalar>
 struct LinearSpace {
@@ -43,3 +52,6 @@ void linear(const LinearArgs<scalar>& args, const Team& team) {
     }
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

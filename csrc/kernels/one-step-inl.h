@@ -3,6 +3,14 @@
 //
 // Bits: a sequence of one step is computed here, whatever sequences stand beside it and whoever
 // computes it. The sums of longer ones run in another order.
+#pragma once
+
+#include "cells-inl.h"
+#include "format-inl.h"
+#include "sequences-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 template <typename scalar>
 struct FewTraits {
@@ -309,3 +317,6 @@ void forward_one_step(const ForwardArgs<scalar>& args, Range slots, const Team& 
     slots.first = end;
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -2,6 +2,15 @@
 //
 // Bits: each element is one chain of multiply-adds over the rows, whoever computes it beside
 // whichever others.
+#pragma once
+
+#include "format-inl.h"
+#include "pack-inl.h"
+#include "sequences-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Whether the rows are packed first. Tiles of several cache lines across read them where they lie,
 // which takes less time than to pack them; narrower ones would come back to the same lines and
@@ -221,3 +230,6 @@ class OuterProducts {
   PackedOf<scalar>* packed_b_;
   bool first_;
 };
+
+}  // namespace
+}  // namespace charrnn_fast

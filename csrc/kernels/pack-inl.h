@@ -1,4 +1,11 @@
 // The packing of a product's operands.
+#pragma once
+
+#include "format-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Moves a block of kBlock x kBlock scalars from rows `source_stride` apart to columns.
 template <typename scalar>
@@ -115,3 +122,6 @@ ALWAYS_INLINE void pack_rows(const RowOf& row, int64_t K, const Panels<SumOf<sca
     target += L;
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

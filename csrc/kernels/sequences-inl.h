@@ -1,4 +1,11 @@
 // Walking over the steps of a block of sequences, and over all of their rows.
+#pragma once
+
+#include "isa-prologue.h"
+#include "rnn.h"
+
+namespace charrnn_fast {
+namespace {
 
 struct Range {
   int64_t first, last;
@@ -261,3 +268,6 @@ constexpr int64_t kBlockSlots = 96;
 // and all their sums, which stay in L2.
 constexpr int64_t kChunkRows = 192;
 constexpr int64_t kChunkSums = 1 << 16;
+
+}  // namespace
+}  // namespace charrnn_fast

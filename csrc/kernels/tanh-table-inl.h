@@ -1,4 +1,10 @@
-// Made by tools/tanh_table.py, which tells what it is.
+// float32's tanh in 32 intervals of |x|, a polynomial of degree 4 each: tanh|x| = c0 + c1 t + ... +
+// c4 t^4, t = |x| - center. Made by tools/tanh_table.py, which has the method.
+#pragma once
+
+namespace charrnn_fast {
+namespace {
+
 // clang-format off
 constexpr float kTanhOffset = 0.625f, kTanhSaturates = 9.1f;
 constexpr int kTanhShift = 20;
@@ -54,3 +60,6 @@ alignas(64) constexpr float kTanhPieces[6][32] = {
      4.341882095e-02f, 1.451613382e-02f, -5.539443810e-03f, -1.764630526e-02f},
 };
 // clang-format on
+
+}  // namespace
+}  // namespace charrnn_fast

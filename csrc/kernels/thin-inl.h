@@ -1,6 +1,14 @@
 // Products of few rows with weights that nothing else needs packed: a b, with b read where it lies.
 //
 // Bits: the chains over k are those of a tile of packed weights (tile-inl.h).
+#pragma once
+
+#include "format-inl.h"
+#include "sequences-inl.h"
+#include "tile-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Up to so many rows, packing b would take longer than to read it once for every four of them.
 template <typename scalar>
@@ -99,3 +107,6 @@ void multiply_thin(const ThinArgs<scalar>& args, int64_t rows, const Team& team)
     if (row < rows) thin_rows<1, kThinSums>(args, row, packed, vectors);
   }
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -4,6 +4,14 @@
 // Bits: each element of a product is one chain of multiply-adds over k (or several of them, by the
 // width of the whole product), whatever rows stand beside it and whoever computes it. So results do
 // not depend on the batch around a sequence, on tile heights, or on the number of threads.
+#pragma once
+
+#include "epilogues-inl.h"
+#include "format-inl.h"
+#include "sequences-inl.h"
+
+namespace charrnn_fast {
+namespace {
 
 // Accumulators that a tile may fill: its rows times its vectors.
 constexpr int kAccumulators = kTileRows * kTileVectors;
@@ -364,3 +372,6 @@ void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
   }
   run_tiles(kTiles<Args, End, false>, args, rows, width);
 }
+
+}  // namespace
+}  // namespace charrnn_fast

@@ -1,8 +1,19 @@
 // The vector type of one ISA: GCC/Clang vector extensions, and the few operations they lack.
 //
-// Included inside the ISA's own unnamed namespace (see isa_*.cpp), after the standard headers and
-// after kVectorBytes and the ISA's multiply_add(); so nothing here is shared between ISAs by the
-// linker.
+// An isa_*.cpp defines CHARRNN_FAST_VECTORS first: the file that has kVectorBytes, the sizes of
+// tiles and multiply_add() of its ISA. That file, this one and all that is built on it lie in an
+// unnamed namespace, so that the linker shares nothing between ISAs.
+#pragma once
+
+#include "isa-prologue.h"
+
+#ifndef CHARRNN_FAST_VECTORS
+#define CHARRNN_FAST_VECTORS "baseline-inl.h"  // parsed alone
+#endif
+#include CHARRNN_FAST_VECTORS
+
+namespace charrnn_fast {
+namespace {
 
 template <typename scalar>
 struct VectorTraits {
@@ -79,3 +90,6 @@ template <typename scalar>
 ALWAYS_INLINE Vec<scalar> select(Vec<Bits<scalar>> mask, Vec<scalar> a, Vec<scalar> b) {
   return mask ? a : b;
 }
+
+}  // namespace
+}  // namespace charrnn_fast

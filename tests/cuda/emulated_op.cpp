@@ -13,14 +13,14 @@ namespace charrnn_fast::cuda {
 
 // CHARRNN_FAST_DESIGN=block, grid or step is run wherever it can be. Few multiprocessors, so that
 // small tests meet several sequences a block.
-Plan plan_layer(const Layer& layer, Dtype dtype, const at::Device&) {
+LaunchPlan plan_layer(const Layer& layer, Dtype dtype, const at::Device&) {
   const DeviceLimits limits = {4, 90, 232448, 65536, true};
   const char* wanted = std::getenv("CHARRNN_FAST_DESIGN");
   const std::string name = wanted != nullptr ? wanted : "block";
   const Design design = name == "grid"   ? Design::kGrid
                         : name == "step" ? Design::kStep
                                          : Design::kBlock;
-  const Plan plan = plan_design(design, layer.H, layer.B, layer.D, dtype, limits);
+  const LaunchPlan plan = plan_design(design, layer.H, layer.B, layer.D, dtype, limits);
   TORCH_CHECK(plan.reason != nullptr, "the emulated device has no plan of this design");
   return plan;
 }

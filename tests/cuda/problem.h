@@ -145,7 +145,7 @@ inline double tolerance_of(const Case& c) {
   return storage + 0x1p-23 * std::sqrt(static_cast<double>(c.H)) * 4;
 }
 
-inline void run(const Problem& problem_, const Plan& plan, bool backward,
+inline void run(const Problem& problem_, const LaunchPlan& plan, bool backward,
                 const std::string& context) {
   Problem& problem = const_cast<Problem&>(problem_);  // kernels take pointers to const void
   const Case& c = problem.c;
@@ -188,8 +188,8 @@ inline void run(const Problem& problem_, const Plan& plan, bool backward,
 }
 
 // A plan that names a tile whatever the planner would say.
-inline Plan plan_for(Design design, int tile, const Case& c, int rows) {
-  Plan plan{};
+inline LaunchPlan plan_for(Design design, int tile, const Case& c, int rows) {
+  LaunchPlan plan{};
   plan.design = design;
   plan.tile = tile;
   plan.rows = rows;

@@ -180,7 +180,7 @@ class Model {
   std::mt19937 random_;
   Memory table_, W_ih_, W_hh_, bias_, W_out_, b_out_, uniforms_, state_;
   std::vector<int64_t> tokens_;
-  GenerateArgs args_{};
+  DrawArgs args_{};
 };
 int64_t Model::draws = 0;
 int64_t Model::unsure = 0;
@@ -191,7 +191,7 @@ void odd_generation() {
   std::vector<float> zeros(V, 0), table(V, 0), scores(V, 0), uniforms{0.999f};
   std::vector<float> state{0}, workspace(2 + 2 * V);
   std::vector<int64_t> tokens{0}, drawn{-1};
-  GenerateArgs args{};
+  DrawArgs args{};
   args.S = args.N = args.H = args.layers = 1;
   args.V = V;
   args.table = table.data();

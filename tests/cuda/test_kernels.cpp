@@ -85,8 +85,8 @@ void faults() {
   const Case small{6, 5, 60, 2, Dtype::kFloat32, Cell::kTanh, Case::kRagged, true};
   const Case middle{5, 20, 260, 2, Dtype::kFloat32, Cell::kTanh, Case::kFull, true};
   const Problem block_problem(small, 5), grid_problem(middle, 6);
-  const Plan block = plan_for(Design::kBlock, 1, small, 3);
-  const Plan grid = plan_for(Design::kGrid, 0, middle, 20);
+  const LaunchPlan block = plan_for(Design::kBlock, 1, small, 3);
+  const LaunchPlan grid = plan_for(Design::kGrid, 0, middle, 20);
   for (bool backward : {false, true}) {
     every_site(backward ? "block backward" : "block forward",
                [&] { run(block_problem, block, backward, "fault"); });
@@ -126,7 +126,7 @@ void faults() {
            args.in = problem.z.data();
            args.out = out.data();
            args.final = final.data();
-           const Plan plan = plan_for(Design::kBlock, 0, more, 2);
+           const LaunchPlan plan = plan_for(Design::kBlock, 0, more, 2);
            (void)charrnn_fast_cuda_forward(&plan, &args, nullptr);
            if (!out.intact() || !final.intact()) fail("caught");
          }));

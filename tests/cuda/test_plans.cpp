@@ -30,7 +30,7 @@ void plans(bool print) {
           for (int64_t D : {1, 2}) {
             ++checks;
             const Dtype type = static_cast<Dtype>(dtype);
-            const Plan plan = plan_recurrence(H, B, D, type, device.limits);
+            const LaunchPlan plan = plan_recurrence(H, B, D, type, device.limits);
             const std::string where = std::string("plan ") + device.name + " " + kDtypes[dtype] +
                                       " H=" + std::to_string(H) + " B=" + std::to_string(B) +
                                       " D=" + std::to_string(D);
@@ -117,7 +117,8 @@ void plans(bool print) {
       for (int64_t H : {64, 128, 200, 224, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048}) {
         std::printf("  H=%-5lld", static_cast<long long>(H));
         for (int64_t B : {1, 8, 32, 64, 128, 256}) {
-          const Plan plan = plan_recurrence(H, B, 1, static_cast<Dtype>(dtype), device.limits);
+          const LaunchPlan plan =
+              plan_recurrence(H, B, 1, static_cast<Dtype>(dtype), device.limits);
           std::printf(" %s", kDesigns[static_cast<int>(plan.design)]);
           if (plan.design != Design::kStep) std::printf("(%dx%d)", plan.blocks, plan.rows);
         }
@@ -145,10 +146,10 @@ void rooflines() {
         const DeviceLimits limits =
             std::find_if(std::begin(kDevices), std::end(kDevices), named)->limits;
         const auto microseconds = [&](double cycles) { return cycles / clock.gigahertz / 1000; };
-        const auto time_of = [&](const Plan& plan) {
+        const auto time_of = [&](const LaunchPlan& plan) {
           return microseconds(plan_cycles(plan, H, B, 1, Dtype::kFloat32, limits));
         };
-        const Plan plan = plan_recurrence(H, B, 1, Dtype::kFloat32, limits);
+        const LaunchPlan plan = plan_recurrence(H, B, 1, Dtype::kFloat32, limits);
         std::string design = kDesigns[static_cast<int>(plan.design)];
         double floats = 2.0 * B * H;  // in and out
         if (plan.design == Design::kGrid) {

@@ -27,7 +27,7 @@ void parity_of(Design design, int tile, int64_t H, bool packed, bool quick) {
       c.layout = static_cast<Case::Layout>(layout);
       c.initial = number % 5 != 0;
       const int rows = std::min<int>(static_cast<int>(c.B), 1 + static_cast<int>(number / 2 % 10));
-      Plan plan = plan_for(design, tile, c, rows);
+      LaunchPlan plan = plan_for(design, tile, c, rows);
       // All blocks of a cooperative launch have their fibers at once, each with two mappings of
       // memory, and Linux allows 65530 of those: one group, and one direction after the other.
       constexpr int kMostBlocks = 117;
