@@ -17,8 +17,9 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 # The extension lies in the source tree: it belongs to the environment that built it last.
 BUILT := build/built-by-$(subst /,_,$(VENV))
 
-.PHONY: build rebuild demo test test-slow bench bench-compare lint format sanitize sanitize-kernels \
-  sanitize-module test-clang test-elsewhere test-neon test-baseline gpu-report test-gpu bench-gpu test-install fuzz soak dist wheels test-wheels clean
+.PHONY: build rebuild demo test test-slow bench bench-compare lint docs format sanitize sanitize-kernels \
+  sanitize-module test-clang test-elsewhere test-neon test-baseline gpu-report test-gpu bench-gpu test-install fuzz soak \
+  dist wheels test-wheels clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -96,6 +97,15 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_FORMATTED)
+	$(BIN)/python tools/parse_headers.py
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[docs]'
+	@touch $@
+
+# The API, from the docstrings: build/docs/index.html. Nothing is fetched; a warning is an error.
+docs: $(BUILT) $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E docs/api build/docs
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

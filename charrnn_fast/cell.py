@@ -37,12 +37,26 @@ class Cell(Fused, nn.RNNCellBase):
         """One step.
 
         Args:
-            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
-            hx: ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            input: ``(B, I)``, or ``(I)`` unbatched, of the dtype of the weights; or int64 token ids
+                of that shape without I, each standing for a one-hot vector.
+            hx: the state, ``(B, H)`` or ``(H)``; zeros when None.
             reset: bool, ``(B)`` or ``()``: whose state is zero before the step.
 
         Returns:
             The next state, of the shape of ``hx``.
+
+        Raises:
+            IndexError: a token id is outside ``[0, I)``; the message names it and its place.
+            ValueError, RuntimeError: dimensions, sizes, dtypes or devices do not go together, with
+                the message of torch.nn's class; ``reset`` is not bool.
+
+        Example:
+            >>> import torch, charrnn_fast
+            >>> cell = charrnn_fast.GRUCell(10, 20)
+            >>> x, h = torch.randn(3, 10), torch.randn(3, 20)
+            >>> done = torch.tensor([False, True, False])
+            >>> torch.equal(cell(x, h, reset=done)[1], cell(x)[1])
+            True
         """
         if is_scripting():
             return self._scripted(input, hx, None, reset, self._script_mode())[0]
@@ -103,8 +117,28 @@ class Cell(Fused, nn.RNNCellBase):
 
 
 class RNNCell(Cell, nn.RNNCell):
-    """Drop-in for :class:`torch.nn.RNNCell`, with ``nonlinearity='sigmoid'``, token ids and
-    ``reset`` too; a scripted or exported program needs ``import charrnn_fast`` where it is loaded.
+    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`: the same arguments, attributes,
+    ``state_dict`` and errors.
+
+    Beyond ``nn.RNNCell`` it takes ``nonlinearity='sigmoid'``, token ids, and ``reset``; see :meth:`forward`. A
+    scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the state, H.
+        bias: whether ``b_ih`` and ``b_hh`` are added.
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'sigmoid'``.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> cell = charrnn_fast.RNNCell(10, 20)
+        >>> h = torch.zeros(3, 20)
+        >>> for x in torch.randn(5, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
     """
 
     _stock = nn.RNNCell
@@ -114,8 +148,28 @@ class RNNCell(Cell, nn.RNNCell):
 
 
 class GRUCell(Cell, nn.GRUCell):
-    """Drop-in for :class:`torch.nn.GRUCell`, with token ids and ``reset`` too; a scripted or
-    exported program needs ``import charrnn_fast`` where it is loaded."""
+    """One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`: the same arguments, attributes,
+    ``state_dict`` and errors.
+
+    Beyond ``nn.GRUCell`` it takes token ids, and ``reset``; see :meth:`forward`. A
+    scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the state, H.
+        bias: whether ``b_ih`` and ``b_hh`` are added.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> cell = charrnn_fast.GRUCell(10, 20)
+        >>> h = torch.zeros(3, 20)
+        >>> for x in torch.randn(5, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
 
     _stock = nn.GRUCell
 
@@ -124,8 +178,29 @@ class GRUCell(Cell, nn.GRUCell):
 
 
 class LSTMCell(Cell, nn.LSTMCell):
-    """Drop-in for :class:`torch.nn.LSTMCell`, with token ids and ``reset`` too; a scripted or
-    exported program needs ``import charrnn_fast`` where it is loaded."""
+    """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`: the same arguments, attributes,
+    ``state_dict`` and errors.
+
+    Beyond ``nn.LSTMCell`` it takes token ids, and ``reset``; see :meth:`forward`. A
+    scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the state, H.
+        bias: whether ``b_ih`` and ``b_hh`` are added.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> cell = charrnn_fast.LSTMCell(10, 20)
+        >>> state = None
+        >>> for x in torch.randn(5, 3, 10):
+        ...     state = cell(x, state)
+        >>> h, c = state
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
 
     _stock = nn.LSTMCell
 
@@ -138,12 +213,18 @@ class LSTMCell(Cell, nn.LSTMCell):
         """One step.
 
         Args:
-            input: ``(B, input_size)`` or ``(input_size)``; or int64 ids of shape ``(B)`` or ``()``.
-            hx: ``(h_0, c_0)``, each ``(B, hidden_size)`` or ``(hidden_size)``; zeros when None.
+            input: ``(B, I)``, or ``(I)`` unbatched, of the dtype of the weights; or int64 token ids
+                of that shape without I, each standing for a one-hot vector.
+            hx: the states ``(h_0, c_0)``, each ``(B, H)`` or ``(H)``; zeros when None.
             reset: bool, ``(B)`` or ``()``: whose states are zero before the step.
 
         Returns:
-            The next ``(h_1, c_1)``, of the shapes of ``hx``.
+            The next states ``(h_1, c_1)``, of the shapes of ``hx``.
+
+        Raises:
+            IndexError: a token id is outside ``[0, I)``; the message names it and its place.
+            ValueError, RuntimeError: dimensions, sizes, dtypes or devices do not go together, with
+                the message of :class:`torch.nn.LSTMCell`; ``reset`` is not bool.
         """
         if is_scripting():
             h: Optional[Tensor] = None  # noqa: UP045  TorchScript's

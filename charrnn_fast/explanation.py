@@ -15,16 +15,24 @@ from charrnn_fast.recurrent import Recurrent
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which path a call takes, and why. ``str()`` of it is for people.
+    """Which path a call takes, and why; ``str()`` of it says it in a few lines.
 
     Attributes:
-        fused: whether the kernels run; PyTorch's own formula does otherwise.
+        fused: whether the kernels run, or PyTorch's own formula.
         reason: why.
         isa: the instruction set of the kernels.
-        products: the dtype of the kernels' products, for tensors of two bytes; their sums are
-            float32. None for others.
-        forward, backward: for each layer, how the kernels divide it among threads; empty when
-            they do not run.
+        products: for bfloat16 and float16, the dtype whose products the kernels compute; their
+            sums are float32. None for other dtypes.
+        forward: for each layer, how the kernels divide it among threads; empty where they do not
+            run.
+        backward: the same of the backward pass.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> cell = charrnn_fast.RNNCell(10, 20)
+        >>> explanation = charrnn_fast.explain(cell, torch.randn(3, 10))
+        >>> explanation.path, explanation.threads
+        ('fused', 1)
     """
 
     fused: bool
@@ -41,7 +49,7 @@ class Explanation:
 
     @property
     def threads(self) -> int:
-        """The most threads that a layer uses; 1 on the composite path means one of ours."""
+        """The most threads that a layer uses; 1 on the composite path, where PyTorch decides."""
         return max((plan.threads for plan in (*self.forward, *self.backward)), default=1)
 
     def __str__(self) -> str:
@@ -62,18 +70,30 @@ def explain(
     """Says whether a call of ``module`` runs in the fused kernels, and why or why not.
 
     The answer comes from the rules by which the modules and the ops decide, and from the function
-    by which they divide the work. It holds for a plain call: inside a ``torch.func`` transform, in
-    forward-mode AD and for double backward the composite path runs. The values of ids, lengths and
-    resets are not looked at.
+    by which they divide the work among threads. It holds for a plain call: inside a ``torch.func``
+    transform, in forward-mode AD and for double backward the composite path runs. The values of
+    token ids, lengths and resets are not looked at.
 
     Args:
         module: one of our six classes; for any other module the answer is composite.
-        input, hx, lengths, resets: what the module would be called with; ``resets`` is also a
-            cell's ``reset``.
+        input: what the module would be called with, as the arguments that follow.
+        hx: initial state or states; None: zeros.
+        lengths: of the sequences, or None.
+        resets: of a module, or the ``reset`` of a cell; or None.
 
     Raises:
-        Whatever the call raises for wrong dimensions, sizes and dtypes. To learn it, a call that
-        the kernels do not serve as it is is made, without gradients.
+        ValueError, RuntimeError, IndexError, NotImplementedError: what the call itself would raise
+            for wrong dimensions, sizes and dtypes. Where torch.nn's class decides that, its forward
+            is called, without gradients.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> lstm = charrnn_fast.LSTM(10, 20)
+        >>> x = torch.randn(5, 3, 10)
+        >>> charrnn_fast.explain(lstm, x).reason
+        'the CPU kernels serve these tensors'
+        >>> print(charrnn_fast.explain(torch.nn.LSTM(10, 20), x))
+        composite: the module is a torch.nn.modules.rnn.LSTM
     """
     isa = ops.current_isa()
     if not isinstance(module, (Recurrent, Cell)):

@@ -10,11 +10,44 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class GRU(Recurrent, nn.GRU):
-    """Drop-in for :class:`torch.nn.GRU`, whose arguments, attributes and errors it keeps.
+    r"""GRU, a drop-in for :class:`torch.nn.GRU`: the same arguments, attributes, ``state_dict`` and
+    errors.
 
-    Token ids, ``lengths`` and ``resets`` are as in :class:`charrnn_fast.RNN`, and raise the same
-    errors. A scripted or exported program that holds it needs ``import charrnn_fast`` where it is
-    loaded.
+    .. math::
+
+        r &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Beyond ``nn.GRU`` it takes token ids in place of one-hot vectors, the ``lengths`` of the
+    sequences of a padded batch, and ``resets`` within a sequence; see :meth:`forward`. Gradients
+    keep their digits where z is near 1: the smaller one of z and 1 - z is what is computed. A
+    scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the state, H.
+        num_layers: layers, each reading the output of the one below.
+        bias: whether the layers add ``b_ih`` and ``b_hh``.
+        batch_first: whether batched input and output are ``(B, T, ...)``, not ``(T, B, ...)``.
+        dropout: probability of dropout on the output of each layer but the last.
+        bidirectional: whether a second direction runs from the end of each sequence, D = 2.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
+
+    Raises:
+        ValueError: an argument makes no sense.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> gru = charrnn_fast.GRU(10, 20)
+        >>> output, h_n = gru(torch.randn(5, 3, 10))  # (T, B, I)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+        >>> output.sum().backward()
+        >>> gru.weight_hh_l0.grad.shape
+        torch.Size([60, 20])
     """
 
     _stock = nn.GRU
@@ -45,14 +78,39 @@ class GRU(Recurrent, nn.GRU):
         """Runs the stack of layers.
 
         Args:
-            input: ``(T, B, input_size)``, ``(T, input_size)``, token ids, or a packed sequence;
-                batch comes first where ``batch_first`` says so.
-            hx: ``(num_layers * directions, B, hidden_size)`` initial state; zeros when None.
-            lengths: ``(B)`` steps of each sequence of a padded batch; all of them when None.
-            resets: ``(T, B)`` bool, batch first as ``input`` is: where the state starts anew.
+            input: ``(T, B, I)`` of the dtype of the weights, ``(B, T, I)`` with ``batch_first``,
+                ``(T, I)`` unbatched; or int64 token ids of that shape without I, each standing
+                for a one-hot vector; or a :class:`~torch.nn.utils.rnn.PackedSequence` of either.
+            hx: initial state ``(num_layers * D, B, H)``, ``(num_layers * D, H)`` unbatched; zeros
+                when None.
+            lengths: int64 ``(B)`` on the CPU: the steps of each sequence of a padded batch, in any
+                order. Results and gradients are those of the packed batch; output past the end of
+                a sequence is zero. None: all T.
+            resets: bool, of the shape of token ids: where true, the state is zero before that step,
+                as between two episodes. Results and gradients are those of a sequence split there.
 
         Returns:
-            ``(output, h_n)`` as :class:`torch.nn.GRU` returns them.
+            ``(output, h_n)``: the last layer's h of every step, ``(T, B, D * H)`` or as ``input``
+            is laid out, and the last state of every layer, of the shape of ``hx``.
+
+        Raises:
+            IndexError: a token id is outside ``[0, I)``; the message names it and its place.
+            ValueError, RuntimeError: dimensions, sizes, dtypes or devices do not go together, with
+                the message of :class:`torch.nn.GRU`; a length is outside ``[1, T]``; ``resets``
+                is not bool, or is given with a packed sequence.
+            NotImplementedError: the older ONNX exporter is asked for what ``nn.GRU`` lacks.
+
+        Example:
+            >>> import torch, charrnn_fast
+            >>> rnn = charrnn_fast.GRU(10, 20, batch_first=True)
+            >>> ids = torch.randint(10, (3, 5))
+            >>> output, h_n = rnn(ids, lengths=torch.tensor([5, 2, 4]))
+            >>> bool((output[1, 2:] == 0).all())
+            True
+            >>> begins = torch.tensor([[False, False, True, False, False]]).expand(3, 5)
+            >>> output, h_n = rnn(ids, resets=begins)
+            >>> torch.equal(output[:, 2:], rnn(ids[:, 2:])[0])
+            True
         """
         if is_scripting():
             if isinstance(input, PackedSequence):

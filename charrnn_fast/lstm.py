@@ -11,12 +11,45 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class LSTM(Recurrent, nn.LSTM):
-    """Drop-in for :class:`torch.nn.LSTM`, whose arguments, attributes and errors it keeps.
+    r"""LSTM, a drop-in for :class:`torch.nn.LSTM`: the same arguments, attributes, ``state_dict`` and
+    errors.
 
-    Token ids, ``lengths`` and ``resets`` are as in :class:`charrnn_fast.RNN`, and raise the same
-    errors. With ``proj_size`` every call is torch.nn's own, and these are not to be had
-    (NotImplementedError). A scripted or exported program that holds it needs
+    .. math::
+
+        i &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f \odot c_{t-1} + i \odot g \\
+        h_t &= o \odot \tanh(c_t)
+
+    Beyond ``nn.LSTM`` it takes token ids in place of one-hot vectors, the ``lengths`` of the
+    sequences of a padded batch, and ``resets`` within a sequence, and it returns the cell states of
+    every step where asked; see :meth:`forward`. With ``proj_size`` every call runs torch.nn's own
+    forward, which has none of these. A scripted or exported program that holds it needs
     ``import charrnn_fast`` where it is loaded.
+
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the states, H.
+        num_layers: layers, each reading the output of the one below.
+        bias: whether the layers add ``b_ih`` and ``b_hh``.
+        batch_first: whether batched input and output are ``(B, T, ...)``, not ``(T, B, ...)``.
+        dropout: probability of dropout on the output of each layer but the last.
+        bidirectional: whether a second direction runs from the end of each sequence, D = 2.
+        proj_size: size of h after a projection; 0 for none, so that h has size H.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
+
+    Raises:
+        ValueError: an argument makes no sense.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> lstm = charrnn_fast.LSTM(10, 20, num_layers=2)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))  # (T, B, I)
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
     _stock = nn.LSTM
@@ -56,17 +89,38 @@ class LSTM(Recurrent, nn.LSTM):
         """Runs the stack of layers.
 
         Args:
-            input: ``(T, B, input_size)``, ``(T, input_size)``, token ids, or a packed sequence;
-                batch comes first where ``batch_first`` says so.
-            hx: ``(h_0, c_0)``, the initial states, each of ``(num_layers * directions, B,
-                hidden_size)``; zeros when None.
-            lengths: ``(B)`` steps of each sequence of a padded batch; all of them when None.
-            resets: ``(T, B)`` bool, batch first as ``input`` is: where both states start anew.
-            return_cell_states: also return the last layer's cell states of every step.
+            input: ``(T, B, I)`` of the dtype of the weights, ``(B, T, I)`` with ``batch_first``,
+                ``(T, I)`` unbatched; or int64 token ids of that shape without I, each standing
+                for a one-hot vector; or a :class:`~torch.nn.utils.rnn.PackedSequence` of either.
+            hx: initial states ``(h_0, c_0)``, each ``(num_layers * D, B, H)``, or
+                ``(num_layers * D, H)`` unbatched; zeros when None.
+            lengths: int64 ``(B)`` on the CPU: the steps of each sequence of a padded batch, in any
+                order. Results and gradients are those of the packed batch; output past the end of
+                a sequence is zero. None: all T.
+            resets: bool, of the shape of token ids: where true, both states are zero before that
+                step, as between two episodes. Results and gradients are those of a sequence split
+                there.
+            return_cell_states: whether to return the last layer's c of every step, too.
 
         Returns:
-            ``(output, (h_n, c_n))`` as :class:`torch.nn.LSTM` returns them; with
-            ``return_cell_states`` ``(output, (h_n, c_n), cells)``, cells shaped as output is.
+            ``(output, (h_n, c_n))``: the last layer's h of every step, ``(T, B, D * H)`` or as
+            ``input`` is laid out, and the last states of every layer, of the shapes of ``hx``. With
+            ``return_cell_states`` ``(output, (h_n, c_n), cells)``; cells are laid out as output is.
+
+        Raises:
+            IndexError: a token id is outside ``[0, I)``; the message names it and its place.
+            ValueError, RuntimeError: dimensions, sizes, dtypes or devices do not go together, with
+                the message of :class:`torch.nn.LSTM`; a length is outside ``[1, T]``; ``resets``
+                is not bool, or is given with a packed sequence.
+            NotImplementedError: ``proj_size``, or the older ONNX exporter, is combined with what
+                ``nn.LSTM`` lacks; TorchScript is asked for cell states.
+
+        Example:
+            >>> import torch, charrnn_fast
+            >>> lstm = charrnn_fast.LSTM(10, 20)
+            >>> output, (h_n, c_n), cells = lstm(torch.randn(5, 3, 10), return_cell_states=True)
+            >>> cells.shape, torch.equal(cells[-1], c_n[0])
+            (torch.Size([5, 3, 20]), True)
         """
         if is_scripting():
             if return_cell_states:

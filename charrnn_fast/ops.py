@@ -260,20 +260,45 @@ def counters() -> dict[str, int]:
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that this CPU runs and this build holds kernels for, best first."""
+    """The instruction sets that this CPU runs and this build holds kernels for, best first.
+
+    Example:
+        >>> import charrnn_fast
+        >>> charrnn_fast.available_isas()[-1]  # every CPU of the architecture runs it
+        'baseline'
+    """
     return _C.isas()
 
 
 def current_isa() -> str:
-    """The instruction set in use: the best one, unless CHARRNN_FAST_ISA or use_isa chose."""
+    """The instruction set in use: the best one, unless the environment variable
+    ``CHARRNN_FAST_ISA`` or :class:`use_isa` named another.
+
+    Example:
+        >>> import charrnn_fast
+        >>> charrnn_fast.current_isa() in charrnn_fast.available_isas()
+        True
+    """
     return _C.isa()
 
 
 class use_isa(contextlib.AbstractContextManager["use_isa"]):
     """Selects an instruction set for the whole process: a call, or a ``with`` block that undoes it.
 
+    Args:
+        name: one of :func:`available_isas`.
+
     Raises:
         ValueError: the name is unknown, or this CPU does not run it.
+
+    Example:
+        >>> import charrnn_fast
+        >>> before = charrnn_fast.current_isa()
+        >>> with charrnn_fast.use_isa("baseline"):
+        ...     charrnn_fast.current_isa()
+        'baseline'
+        >>> charrnn_fast.current_isa() == before
+        True
     """
 
     def __init__(self, name: str) -> None:
@@ -285,7 +310,13 @@ class use_isa(contextlib.AbstractContextManager["use_isa"]):
 
 
 def build_info() -> dict[str, Any]:
-    """Compiler, torch, OpenMP and instruction sets of this build."""
+    """Compiler, torch, OpenMP and instruction sets of this build, by name.
+
+    Example:
+        >>> import charrnn_fast
+        >>> sorted(charrnn_fast.build_info())
+        ['compiler', 'isas', 'openmp', 'torch']
+    """
     return _C.build_info()
 
 

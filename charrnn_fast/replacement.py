@@ -22,11 +22,17 @@ _SWAPS: dict[type[nn.Module], type[Fused]] = {
 
 @dataclass
 class Replacement:
-    """What :func:`replace_rnn` did.
+    """What :func:`replace_rnn` did; ``str()`` of it lists it, a line a module.
 
     Attributes:
-        changed: names of the modules that were swapped.
+        changed: names of the modules that were swapped, as ``named_modules`` has them.
         left: names of the recurrent modules that were not, each with the reason.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> replacement = charrnn_fast.replace_rnn(torch.nn.LSTM(10, 20, proj_size=5))
+        >>> print(replacement)
+        left (the model itself): it has a proj_size, which is left to torch.nn
     """
 
     changed: list[str] = field(default_factory=list)
@@ -34,7 +40,7 @@ class Replacement:
     _modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Gives every swapped module its old class back."""
+        """Gives every swapped module its old class back; a second call does nothing."""
         for module, before in self._modules:
             module.__class__ = before
         self._modules.clear()
@@ -50,10 +56,26 @@ def replace_rnn(model: nn.Module) -> Replacement:
 
     The module objects stay the same: only their class changes, as ours hold the same attributes.
     Parameters, buffers, hooks, the training flag, devices, and all references from optimizers and
-    other modules are untouched.
+    other modules are untouched. Subclasses, scripted modules and an LSTM with ``proj_size`` stay
+    what they are. A model without any recurrent module is a warning, not an error.
+
+    Args:
+        model: any module; it may itself be recurrent.
 
     Returns:
         What was changed, what was left and why, and an ``undo()``.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 10), torch.nn.GRU(10, 20))
+        >>> replacement = charrnn_fast.replace_rnn(model)
+        >>> print(replacement)
+        changed 1
+        >>> type(model[1])
+        <class 'charrnn_fast.gru.GRU'>
+        >>> replacement.undo()
+        >>> type(model[1])
+        <class 'torch.nn.modules.rnn.GRU'>
     """
     report = Replacement()
     for name, module in _recurrent_modules(model):

@@ -11,24 +11,40 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class RNN(Recurrent, nn.RNN):
-    """Drop-in for :class:`torch.nn.RNN`, whose arguments, attributes and errors it keeps.
+    r"""Elman RNN, a drop-in for :class:`torch.nn.RNN`: the same arguments, attributes,
+    ``state_dict`` and errors.
 
-    Beyond ``nn.RNN``:
+    .. math:: h_t = \mathrm{act}(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    - ``nonlinearity`` may also be ``'sigmoid'``;
-    - an int64 input holds token ids standing for one-hot vectors: ``(T, B)``, or ``(B, T)`` with
-      ``batch_first``, or ``(T)`` unbatched;
-    - ``lengths``, ``(B)`` integers on the CPU, bounds each sequence of a padded batch: outputs
-      past a sequence's end are zero, and ``h_n`` is the state at its end. The result and the
-      gradients are those of a packed sequence, without packing;
-    - ``resets``, a bool tensor of the shape that token ids would have: where it is true the state
-      is zero before that step. Outputs and gradients are those of a sequence that was split there.
+    Beyond ``nn.RNN`` it takes ``nonlinearity='sigmoid'``, token ids in place of one-hot vectors,
+    the ``lengths`` of the sequences of a padded batch, and ``resets`` within a sequence; see
+    :meth:`forward`. A scripted or exported program that holds it needs ``import charrnn_fast``
+    where it is loaded.
 
-    A scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+    Args:
+        input_size: features of a step, I; with token ids the size of the vocabulary.
+        hidden_size: size of the state, H.
+        num_layers: layers, each reading the output of the one below.
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'sigmoid'``.
+        bias: whether the layers add ``b_ih`` and ``b_hh``.
+        batch_first: whether batched input and output are ``(B, T, ...)``, not ``(T, B, ...)``.
+        dropout: probability of dropout on the output of each layer but the last.
+        bidirectional: whether a second direction runs from the end of each sequence, D = 2.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 in the kernels.
 
     Raises:
-        IndexError: a token id is outside ``[0, input_size)``; the message names it.
-        ValueError: a length is outside ``[1, T]``, or ``resets`` is not bool.
+        ValueError: the nonlinearity is unknown, or another argument makes no sense.
+
+    Example:
+        >>> import torch, charrnn_fast
+        >>> rnn = charrnn_fast.RNN(10, 20, num_layers=2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))  # (T, B, I)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+        >>> reference = torch.nn.RNN(10, 20, num_layers=2)
+        >>> reference.load_state_dict(rnn.state_dict())
+        <All keys matched successfully>
     """
 
     _stock = nn.RNN
@@ -76,14 +92,39 @@ class RNN(Recurrent, nn.RNN):
         """Runs the stack of layers.
 
         Args:
-            input: ``(T, B, input_size)``, ``(T, input_size)``, token ids, or a packed sequence;
-                batch comes first where ``batch_first`` says so.
-            hx: ``(num_layers * directions, B, hidden_size)`` initial state; zeros when None.
-            lengths: ``(B)`` steps of each sequence of a padded batch; all of them when None.
-            resets: ``(T, B)`` bool, batch first as ``input`` is: where the state starts anew.
+            input: ``(T, B, I)`` of the dtype of the weights, ``(B, T, I)`` with ``batch_first``,
+                ``(T, I)`` unbatched; or int64 token ids of that shape without I, each standing
+                for a one-hot vector; or a :class:`~torch.nn.utils.rnn.PackedSequence` of either.
+            hx: initial state ``(num_layers * D, B, H)``, ``(num_layers * D, H)`` unbatched; zeros
+                when None.
+            lengths: int64 ``(B)`` on the CPU: the steps of each sequence of a padded batch, in any
+                order. Results and gradients are those of the packed batch; output past the end of
+                a sequence is zero. None: all T.
+            resets: bool, of the shape of token ids: where true, the state is zero before that step,
+                as between two episodes. Results and gradients are those of a sequence split there.
 
         Returns:
-            ``(output, h_n)`` as :class:`torch.nn.RNN` returns them.
+            ``(output, h_n)``: the last layer's h of every step, ``(T, B, D * H)`` or as ``input``
+            is laid out, and the last state of every layer, of the shape of ``hx``.
+
+        Raises:
+            IndexError: a token id is outside ``[0, I)``; the message names it and its place.
+            ValueError, RuntimeError: dimensions, sizes, dtypes or devices do not go together, with
+                the message of :class:`torch.nn.RNN`; a length is outside ``[1, T]``; ``resets``
+                is not bool, or is given with a packed sequence.
+            NotImplementedError: the older ONNX exporter is asked for what ``nn.RNN`` lacks.
+
+        Example:
+            >>> import torch, charrnn_fast
+            >>> rnn = charrnn_fast.RNN(10, 20, batch_first=True)
+            >>> ids = torch.randint(10, (3, 5))
+            >>> output, h_n = rnn(ids, lengths=torch.tensor([5, 2, 4]))
+            >>> bool((output[1, 2:] == 0).all())
+            True
+            >>> begins = torch.tensor([[False, False, True, False, False]]).expand(3, 5)
+            >>> output, h_n = rnn(ids, resets=begins)
+            >>> torch.equal(output[:, 2:], rnn(ids[:, 2:])[0])
+            True
         """
         if is_scripting():
             if isinstance(input, PackedSequence):

@@ -43,7 +43,18 @@ MAX_JSON = 16 << 20  # bytes; a vocabulary of every character that there is has 
 
 
 class Pretrained(NamedTuple):
-    """A model with what is needed to use it. ``training`` holds the options it was trained with."""
+    """A model with what is needed to use it: what :func:`from_pretrained` returns.
+
+    Attributes:
+        model: in evaluation mode.
+        vocabulary: encodes and decodes its text.
+        training: the options it was trained with, by name; empty where it was only saved.
+
+    Example:
+        >>> from charrnn_fast.charlm import Pretrained
+        >>> Pretrained._fields
+        ('model', 'vocabulary', 'training')
+    """
 
     model: CharRNN
     vocabulary: Vocabulary
@@ -230,7 +241,29 @@ def read_settings(folder: Path) -> tuple[ModelConfig, Vocabulary, dict[str, Any]
 
 
 def save_pretrained(folder: str | Path, model: CharRNN, vocabulary: Vocabulary) -> None:
-    """Writes a model and its vocabulary as a folder that ``from_pretrained`` reads."""
+    """Writes a model and its vocabulary as a folder that :func:`from_pretrained` reads.
+
+    Args:
+        folder: made where it is not there.
+        model: its weights go to ``model.safetensors``, its sizes to ``config.json``.
+        vocabulary: goes to ``vocab.json``.
+
+    Raises:
+        UsageError: the vocabulary is not of the size of the model's, or the path is none.
+        OSError: a file cannot be written; what was there before is kept.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from charrnn_fast.charlm import (
+        ...     ModelConfig, Vocabulary, build_model, from_pretrained, save_pretrained)
+        >>> vocabulary = Vocabulary.from_text("a banana")
+        >>> model = build_model(ModelConfig(len(vocabulary), hidden_size=16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(folder, model, vocabulary)
+        ...     again, _, _ = from_pretrained(folder)
+        >>> torch.equal(again.head.weight, model.head.weight)
+        True
+    """
     folder = Path(checks.path("the folder", folder))
     if len(vocabulary) != model.config.vocab_size:
         raise UsageError(
@@ -248,10 +281,27 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     last: bool = False,
 ) -> Pretrained:
-    """Reads a folder of ``save_pretrained`` or of a training: the best weights, or the last ones.
+    """Reads a folder of :func:`save_pretrained` or of a training.
 
-    Raises UsageError for a folder that is none, and for files that are damaged, do not fit each
-    other, or come from a newer version.
+    Args:
+        folder: the run.
+        backend: ``'fast'`` for modules of charrnn_fast, ``'torch'`` for torch.nn's; checkpoints
+            serve both.
+        device: to hold the model.
+        last: whether to take the last weights, or their average where one is kept, and not the
+            best ones.
+
+    Raises:
+        UsageError: there is no such folder, or its files are damaged, do not fit each other, or
+            come from a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> from charrnn_fast.charlm import from_pretrained
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     from_pretrained(folder + "/nowhere")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        charrnn_fast.charlm.errors.UsageError: no such run: ...
     """
     device = usable_device(device)
     use_kernels()

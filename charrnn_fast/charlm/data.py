@@ -23,7 +23,13 @@ PAD = -100  # the target of a padded position: what cross_entropy ignores
 
 
 def builtin_text() -> str:
-    """465 thousand characters of English that come with Python: the documentation's topics."""
+    """Some 465 thousand characters of English that come with Python: its documentation's topics.
+
+    Example:
+        >>> from charrnn_fast.charlm import builtin_text
+        >>> len(builtin_text()) > 400_000
+        True
+    """
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
@@ -76,13 +82,27 @@ class Corpus(NamedTuple):
 def load_corpus(
     path: str | Path | None = None, byte_mode: bool = False, known: Vocabulary | None = None
 ) -> Corpus:
-    """Reads a UTF-8 file (or the built-in text) and makes the vocabulary of its characters, and of
-    those of ``known``.
+    """Reads a text, and makes the vocabulary of its characters.
 
-    The file is read twice, piece by piece, so that memory stays near one id a character. In byte
-    mode any file is read, once, and the ids are its bytes.
+    The file is read twice, piece by piece, so that memory stays near one id a character.
 
-    Raises UsageError for a missing file, invalid UTF-8, or fewer than two characters.
+    Args:
+        path: of a UTF-8 file; None: the built-in text.
+        byte_mode: whether the ids are the bytes of the file, which then may be any.
+        known: a vocabulary whose characters are part of the new one, too.
+
+    Raises:
+        UsageError: there is no such file, it is no UTF-8, or has fewer than two characters.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from charrnn_fast.charlm import load_corpus
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "text")
+        ...     _ = path.write_text("a banana", encoding="utf-8")
+        ...     corpus = load_corpus(path)
+        >>> corpus.vocabulary, corpus.ids
+        (Vocabulary(' abn'), array([1, 0, 2, 1, 3, 1, 3, 1], dtype=uint8))
     """
     vocabulary: Vocabulary
     ids: Ids
@@ -126,7 +146,16 @@ def changed(path: str | Path | None) -> UsageError:
 def encode_file(
     path: str | Path | None, vocabulary: Vocabulary, on_unknown: OnUnknown = "error"
 ) -> Iterator[Ids]:
-    """The ids of a file, piece by piece, with a vocabulary made elsewhere."""
+    """The ids of a file, piece by piece, with a vocabulary made elsewhere.
+
+    Args:
+        path: of a UTF-8 file, of any file for a :class:`ByteVocabulary`; None: the built-in text.
+        vocabulary: that of a model.
+        on_unknown: as of :meth:`Vocabulary.encode`.
+
+    Raises:
+        UsageError: there is no such file, it is no UTF-8, or a character is unknown.
+    """
     if isinstance(vocabulary, ByteVocabulary) and path is not None:
         with _open(path) as file:
             while piece := file.read(CHUNK):

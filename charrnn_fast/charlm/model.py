@@ -31,8 +31,28 @@ NUMBERS = 1 << 22  # of one-hot inputs or scores that are held at once outside o
 class ModelConfig:
     """What a model's weights mean, and where dropout acts; the backend is no part of it.
 
-    ``embedding_size`` 0: the first layer reads one-hot vectors, so its W_ih is the embedding.
-    ``output_dropout`` None: that of ``dropout``.
+    Args:
+        vocab_size: characters, V.
+        hidden_size: units of a layer, H.
+        num_layers: recurrent layers.
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'sigmoid'``, of the cell ``'rnn'``.
+        dropout: after each layer.
+        cell: ``'rnn'``, ``'lstm'`` or ``'gru'``.
+        embedding_size: size of a learnt vector for each character. 0: the first layer reads
+            one-hot vectors, so that its W_ih is the embedding.
+        input_dropout: after the embedding.
+        output_dropout: after the last layer; None: as ``dropout``.
+        weight_dropout: of the recurrent weights.
+        locked_dropout: whether dropout is the same at every step of a sequence.
+
+    Raises:
+        UsageError: a value makes no sense, or two do not go together.
+
+    Example:
+        >>> from charrnn_fast.charlm import ModelConfig
+        >>> config = ModelConfig(vocab_size=65, cell="lstm")
+        >>> config.describe(), config.weights
+        ('lstm 2 x 128', 240321)
     """
 
     vocab_size: int
@@ -68,7 +88,7 @@ class ModelConfig:
 
     @property
     def states(self) -> int:
-        """The tensors of a carried state: h, and c of an LSTM."""
+        """How many tensors a carried state has, which are h and for an LSTM c."""
         return 2 if self.cell == "lstm" else 1
 
     @property
@@ -84,7 +104,7 @@ class ModelConfig:
         return self.dropout if self.output_dropout is None else self.output_dropout
 
     def describe(self) -> str:
-        """``lstm 2 x 128``, for whoever looks at a run."""
+        """Cell, layers and units in a word: ``lstm 2 x 128``."""
         cell = self.cell if self.nonlinearity == "tanh" else f"{self.cell} ({self.nonlinearity})"
         embedding = f", embedding of {self.embedding_size}" if self.embedding_size else ""
         return f"{cell} {self.num_layers} x {self.hidden_size}{embedding}"
@@ -93,9 +113,22 @@ class ModelConfig:
 class CharRNN(nn.Module):
     """Scores of the next character after each character of some sequences.
 
-    ``rnn`` is a recurrent module of torch.nn or of charrnn_fast, time-major, of the sizes of
-    ``config``; the model does not know which. A module whose ``accepts_tokens`` is true is given
-    ids, any other one one-hot vectors, where there is no embedding.
+    The model does not know whose recurrent module it holds. Without an embedding, a module whose
+    ``accepts_tokens`` is true is given ids, and any other one one-hot vectors.
+
+    Args:
+        config: sizes and dropout.
+        rnn: a recurrent module of torch.nn or of charrnn_fast, time-major, of those sizes.
+
+    Example:
+        >>> import torch
+        >>> from charrnn_fast.charlm import ModelConfig, build_model
+        >>> model = build_model(ModelConfig(vocab_size=65, hidden_size=16))
+        >>> logits, state = model(torch.randint(65, (5, 3)))  # T, B
+        >>> logits.shape
+        torch.Size([5, 3, 65])
+        >>> [part.shape for part in state]  # h of each layer; an LSTM has c, too
+        [torch.Size([2, 3, 16])]
     """
 
     def __init__(self, config: ModelConfig, rnn: nn.RNNBase) -> None:
@@ -115,13 +148,21 @@ class CharRNN(nn.Module):
         self._layers = self._single_layers() if self._by_layer else ()
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Tokens ``[T, B]`` (int64) and state (``[layers, B, H]`` each; None: zeros) to logits
-        ``[T, B, V]`` and the state after the last step."""
+        """Scores of the next character at each step.
+
+        Args:
+            tokens: int64 ids ``[T, B]``.
+            state: a tuple of h, and c of an LSTM, each ``[layers, B, H]``; None: zeros.
+
+        Returns:
+            Logits ``[T, B, V]`` and the state after the last step.
+        """
         y, state = self.outputs(tokens, state)
         return self.head(self.dropout(y) if self.dropout.p else y), state
 
     def outputs(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """What the head is given, ``[T, B, H]``, and the state after the last step."""
+        """What the head is given, ``[T, B, H]``, and the state after the last step; arguments as
+        of :meth:`forward`."""
         x = self._inputs(tokens)
         if self.training and self._by_layer:
             return self._outputs_by_layer(x, state)
@@ -129,7 +170,7 @@ class CharRNN(nn.Module):
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: State | None = None) -> State:
-        """The state after a text ``[T, B]`` of any length, in the memory of a piece of it."""
+        """The state after tokens ``[T, B]`` of any length, in the memory of a piece of them."""
         rows = steps_at_once(self.config.vocab_size, tokens.shape[1], READ)
         for start in range(0, len(tokens), rows):
             _, state = self.outputs(tokens[start : start + rows], state)
@@ -213,10 +254,24 @@ def build_model(
 ) -> CharRNN:
     """A model with fresh weights: the same ones for the same ``seed`` whatever the backend.
 
-    ``uniform`` is PyTorch's initialisation; ``orthogonal`` replaces the recurrent matrices, of each
-    gate, by random orthogonal ones (Le, Jaitly and Hinton 2015 and Henaff et al. 2016 say why it
-    helps). An LSTM's forget gates begin at sigmoid(``forget_bias``), where that is not 0
-    (Jozefowicz, Zaremba and Sutskever 2015: 1).
+    Args:
+        config: sizes and dropout.
+        backend: ``'fast'`` for modules of charrnn_fast, ``'torch'`` for torch.nn's.
+        recurrent_init: ``'uniform'`` is PyTorch's initialisation; ``'orthogonal'`` replaces the
+            recurrent matrix of each gate by a random orthogonal one (Le, Jaitly and Hinton 2015;
+            Henaff et al. 2016).
+        seed: of PyTorch's random numbers; None: as they are.
+        forget_bias: where an LSTM's forget gates begin, sigmoid of it; 0: PyTorch's initialisation
+            (Jozefowicz, Zaremba and Sutskever 2015 propose 1).
+
+    Raises:
+        UsageError: the backend is unknown, or has no such cell.
+
+    Example:
+        >>> from charrnn_fast.charlm import ModelConfig, build_model
+        >>> model = build_model(ModelConfig(vocab_size=65, cell="gru"), seed=1)
+        >>> model.rnn
+        GRU(65, 128, num_layers=2)
     """
     rnn_type: Any = rnn_class(backend, config.cell)
     if backend == "torch" and config.nonlinearity == "sigmoid":

@@ -46,10 +46,20 @@ def option(
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Everything a training depends on. The command line and ``--config`` have the same names.
+    """Everything a training depends on. The command line and ``--config`` have the same names, and
+    ``charrnn-fast train --help`` says what each one means.
 
-    Values are checked and become plain ones: paths of any class and devices become text, NumPy's
-    scalars Python's. UsageError for a value of another kind, or one that makes no sense.
+    Values are checked and become plain ones: paths of any class and devices become strings, NumPy's
+    scalars Python's.
+
+    Raises:
+        UsageError: a value is of the wrong kind, makes no sense, or does not go with another one.
+
+    Example:
+        >>> from charrnn_fast.charlm import TrainOptions
+        >>> options = TrainOptions(text="my.txt", cell="gru", hidden_size=256)
+        >>> options.num_layers, options.learning_rate
+        (2, 0.004)
     """
 
     text: str | None = option(

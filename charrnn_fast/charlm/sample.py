@@ -28,10 +28,21 @@ MOST_STREAMS = 1 << 20  # at once
 class SampleOptions:
     """How the next character is drawn from the scores.
 
-    ``temperature`` divides the scores; 0 always takes the best one. ``top_k`` keeps the k best (0:
-    all), and ties with the last of them. ``top_p`` keeps the fewest characters, best first, whose
-    probabilities reach p (1: all). The draw inverts the cumulative distribution at a uniform number
-    from a ``torch.Generator``, so that any implementation of the same model draws the same text.
+    The draw inverts the cumulative distribution at a uniform number from a ``torch.Generator``, so
+    that any implementation of the same model draws the same text.
+
+    Args:
+        temperature: divides the scores; 0 always takes the best one.
+        top_k: keeps the k best, and ties with the last of them; 0: all.
+        top_p: keeps the fewest characters, best first, whose probabilities reach p; 1: all.
+
+    Raises:
+        UsageError: a value is out of its range.
+
+    Example:
+        >>> from charrnn_fast.charlm import SampleOptions
+        >>> SampleOptions(temperature=0.8, top_k=5)
+        SampleOptions(temperature=0.8, top_k=5, top_p=1.0)
     """
 
     temperature: float = 1.0
@@ -167,11 +178,30 @@ def stream(
     on_unknown: OnUnknown = "error",
     chunk: int = 256,
 ) -> Iterator[Tensor]:
-    """Continues ``prompt`` by ``length`` characters (None: without end), ``streams`` times.
+    """Continues ``prompt``, and yields the ids ``[n, streams]`` as they are drawn.
 
-    Yields ids ``[n, streams]`` as they are drawn, ``chunk`` characters at a time at most. The text
-    depends on ``seed`` and not on ``chunk``. Raises UsageError for a character of the prompt that
-    is not in the vocabulary, unless ``on_unknown`` says what to do with it.
+    Args:
+        model: of ``vocabulary``; it is put into evaluation mode meanwhile.
+        vocabulary: encodes the prompt.
+        prompt: what the model reads first; "": a line break, where the vocabulary has one.
+        length: characters to draw; None: without end.
+        options: how they are drawn.
+        seed: of the draws; None: another one each time.
+        streams: continuations that are drawn side by side.
+        on_unknown: what becomes of characters of the prompt that are not in the vocabulary, as of
+            :meth:`Vocabulary.encode`.
+        chunk: characters that are drawn at a time, at most; the text does not depend on it.
+
+    Raises:
+        UsageError: a value is out of its range, or a character of the prompt is unknown.
+
+    Example:
+        >>> from charrnn_fast.charlm import ModelConfig, Vocabulary, build_model, stream
+        >>> vocabulary = Vocabulary.from_text("a banana")
+        >>> model = build_model(ModelConfig(len(vocabulary), hidden_size=16), seed=1)
+        >>> pieces = stream(model, vocabulary, "a b", length=5, streams=3, chunk=4, seed=1)
+        >>> [piece.shape for piece in pieces]
+        [torch.Size([4, 3]), torch.Size([1, 3])]
     """
     options = options or SampleOptions()
     streams, chunk = (
@@ -226,14 +256,41 @@ def sample(
     on_unknown: OnUnknown = "error",
     errors: str = "replace",
 ) -> list[str]:
-    """``streams`` continuations of ``prompt``, ``length`` characters each, without the prompt.
+    """Continues ``prompt``; the texts do not have it.
 
-    A text ends just before ``stop`` where that is given and occurs. In byte mode ``errors`` is that
-    of ``bytes.decode``: ``surrogateescape`` keeps bytes that are no UTF-8.
+    The same seed gives the same texts with both backends, but for rounding: their scores differ in
+    the last digits, which changes about two draws in a million (measured: 12 of 6.7 million with
+    the default model on its own corpus, none of 1.1 million greedy ones), and with the first of
+    them all that follows.
 
-    Same seed, same texts, for both backends: their scores differ by rounding, which changes about
-    two draws in a million (measured: 12 of 6.7 million with the default model on its own corpus,
-    none of 1.1 million greedy ones), and with the first of them all that follows.
+    Args:
+        model: of ``vocabulary``; it is put into evaluation mode meanwhile.
+        vocabulary: encodes the prompt and decodes what is drawn.
+        prompt: what the model reads first; "": a line break, where the vocabulary has one.
+        length: characters of each text.
+        temperature: as of :class:`SampleOptions`, like the two that follow.
+        top_k: of the k best alone.
+        top_p: of the best that make up p.
+        seed: of the draws; None: another one each time.
+        streams: texts.
+        stop: a text ends just before it, where it occurs.
+        on_unknown: what becomes of characters of the prompt that are not in the vocabulary, as of
+            :meth:`Vocabulary.encode`.
+        errors: of ``bytes.decode``, for a :class:`ByteVocabulary`: ``'surrogateescape'`` keeps
+            bytes that are no UTF-8.
+
+    Raises:
+        UsageError: a value is out of its range, or a character of the prompt is unknown.
+
+    Example:
+        >>> from charrnn_fast.charlm import ModelConfig, Vocabulary, build_model, sample
+        >>> vocabulary = Vocabulary.from_text("a banana")
+        >>> model = build_model(ModelConfig(len(vocabulary), hidden_size=16), seed=1)
+        >>> texts = sample(model, vocabulary, "a b", length=10, streams=2, seed=1)
+        >>> [len(text) for text in texts]
+        [10, 10]
+        >>> texts == sample(model, vocabulary, "a b", length=10, streams=2, seed=1)
+        True
     """
     options = SampleOptions(temperature, top_k, top_p)
     texts = [""] * checks.whole("streams", streams, 1, MOST_STREAMS)

@@ -45,9 +45,35 @@ BYTES = 4  # of a weight
 class Trainer:
     """One run: ``Trainer(options).run()``, or step by step.
 
-    With ``resume`` the run in ``options.out_dir`` goes on where its last checkpoint was written.
-    ``say`` receives one line for each evaluation, or None for silence; ``on_loss`` receives
-    the loss of each step, still on its device.
+    Args:
+        options: everything that the training depends on.
+        resume: whether the run in ``options.out_dir`` goes on from its last checkpoint.
+        overwrite: whether a run that is there already is replaced.
+        say: is given one line for each evaluation; None: silence.
+        on_loss: is given the loss of each step, still on its device.
+
+    Attributes:
+        model: the :class:`CharRNN` that learns.
+        vocabulary: of the text.
+        progress: counters and losses, ``progress.best_loss`` among them: nats a character, held
+            out.
+
+    Raises:
+        UsageError: the options do not go together, with the text or with the run that goes on.
+        MemoryError: the machine has not the memory that the weights take.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from charrnn_fast.charlm import TrainOptions, Trainer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "text")
+        ...     _ = path.write_text("all work and no play " * 50, encoding="utf-8")
+        ...     options = TrainOptions(
+        ...         text=path, out_dir=folder + "/run", hidden_size=16, batch_size=4, seq_length=16)
+        ...     trainer = Trainer(options, say=None)
+        ...     first = trainer.train_step()
+        >>> trainer.progress.step, first.shape
+        (1, torch.Size([]))
     """
 
     def __init__(
@@ -153,8 +179,8 @@ class Trainer:
         return loss
 
     def evaluate(self) -> float:
-        """Held-out loss in nats a character, of the averaged weights where an average is kept; NaN
-        where nothing is held out."""
+        """The held-out loss in nats a character, of the averaged weights where an average is kept;
+        NaN where nothing is held out."""
         if self.held_out is None:
             return math.nan
         with self.optimizer.averaged():
@@ -165,7 +191,9 @@ class Trainer:
     def run(self) -> Progress:
         """Trains to the end, or until Ctrl-C or early stopping, and leaves a checkpoint.
 
-        Raises TrainingDiverged when the loss is NaN, infinite, or ten times that of guessing.
+        Raises:
+            TrainingDiverged: the loss became NaN, infinite, or ten times that of guessing.
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
         with self._begun():
             self.say(
@@ -413,9 +441,31 @@ def train(
     say: Callable[[str], None] | None = print,
     **changes: Any,
 ) -> Trainer:
-    """Trains a model and returns the finished Trainer: ``.model``, ``.vocabulary``, ``.progress``.
+    """Trains a model and returns the finished :class:`Trainer`.
 
-    Options come as TrainOptions or by name: ``train(text="my.txt", out_dir="runs/a")``.
+    Args:
+        options: everything that the training depends on; None: the defaults.
+        resume: whether the run in ``out_dir`` goes on from its last checkpoint.
+        overwrite: whether a run that is there already is replaced.
+        say: is given one line for each evaluation; None: silence.
+        **changes: options by name: ``train(text="my.txt", out_dir="runs/a")``.
+
+    Raises:
+        UsageError: an option is unknown or makes no sense, or there is a run in ``out_dir``.
+        TrainingDiverged: the loss became NaN, infinite, or ten times that of guessing.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from charrnn_fast.charlm import train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "text")
+        ...     _ = path.write_text("all work and no play " * 50, encoding="utf-8")
+        ...     trainer = train(
+        ...         text=path, out_dir=folder + "/run", hidden_size=16, batch_size=4,
+        ...         seq_length=16, max_iters=5, say=None)
+        >>> trainer.progress.step, trainer.progress.finished
+        (5, True)
     """
     if resume:
         given = {**(vars(options) if options else {}), **changes}

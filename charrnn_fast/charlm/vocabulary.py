@@ -35,6 +35,24 @@ class Vocabulary:
     """A fixed set of characters; ids are their ranks in code point order.
 
     Ids have the smallest of the types uint8, uint16 and uint32 that holds them all.
+
+    Args:
+        characters: in any order; what occurs twice counts once.
+
+    Attributes:
+        characters: all of them, in order of their ids.
+
+    Raises:
+        UsageError: there is no character.
+
+    Example:
+        >>> from charrnn_fast.charlm import Vocabulary
+        >>> vocabulary = Vocabulary.from_text("a banana")
+        >>> vocabulary
+        Vocabulary(' abn')
+        >>> ids = vocabulary.encode("nab")
+        >>> ids, vocabulary.decode(ids)
+        (array([3, 1, 2], dtype=uint8), 'nab')
     """
 
     kind = "characters"
@@ -74,15 +92,20 @@ class Vocabulary:
 
     @property
     def replacement(self) -> int:
-        """The id that stands for unknown characters under ``replace``: a space's if there is one,
-        otherwise 0."""
+        """The id that stands for unknown characters under ``'replace'``: a space's, or else 0."""
         return max(self.characters.find(" "), 0)
 
     def encode(self, text: str, on_unknown: OnUnknown = "error") -> Ids:
-        """Ids of ``text``, ``[len(text)]`` (fewer with ``skip``).
+        """Ids of ``text``, ``[len(text)]``, or fewer with ``skip``.
 
-        ``on_unknown`` says what becomes of characters outside the vocabulary: ``error`` raises
-        UsageError naming them, ``skip`` drops them, ``replace`` puts ``replacement`` there.
+        Args:
+            text: what to encode.
+            on_unknown: what becomes of characters outside the vocabulary: ``'error'`` raises
+                UsageError naming them, ``'skip'`` drops them, ``'replace'`` puts
+                :attr:`replacement` there.
+
+        Raises:
+            UsageError: characters are unknown and ``on_unknown`` is ``'error'``.
         """
         if on_unknown not in ("error", "skip", "replace"):
             raise UsageError(f"on_unknown is error, skip or replace, not {on_unknown!r}")
@@ -110,22 +133,28 @@ class Vocabulary:
         return ids.astype(self.dtype)
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """The text of ``ids`` (any shape, read in C order). IndexError for an id out of range."""
+        """The text of integer ``ids`` of any shape, read in C order.
+
+        Raises:
+            IndexError: an id is outside of the vocabulary.
+        """
         flat = np.asarray(ids, dtype=np.int64).ravel()
         if flat.size and (flat.min() < 0 or flat.max() >= len(self)):
             raise IndexError(f"ids must lie in [0, {len(self)})")
         return self._codes[flat].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
     def decoder(self, errors: str = "replace") -> Decoder:
-        """Decodes a stream of ids piece by piece; ``errors`` as of ``bytes.decode``, for bytes."""
+        """A function that decodes a stream of ids piece by piece. ``errors`` is that of
+        ``bytes.decode``, for :class:`ByteVocabulary`."""
         return Decoder(self, errors)
 
     def to_json(self) -> dict[str, Any]:
+        """What ``vocab.json`` of a run holds."""
         return {"kind": self.kind, "characters": self.characters}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Vocabulary:
-        """The inverse of ``to_json``; UsageError for anything else."""
+        """The inverse of :meth:`to_json`; UsageError for anything else."""
         match value:
             case {"kind": "characters", "characters": str(characters)}:
                 return Vocabulary(characters)
@@ -135,7 +164,16 @@ class Vocabulary:
 
 
 class ByteVocabulary(Vocabulary):
-    """The 256 bytes. Text is its UTF-8 encoding, so nothing is ever unknown."""
+    """The 256 bytes. Text is its UTF-8 encoding, so nothing is ever unknown.
+
+    Example:
+        >>> from charrnn_fast.charlm import ByteVocabulary
+        >>> vocabulary = ByteVocabulary()
+        >>> vocabulary.encode("é")
+        array([195, 169], dtype=uint8)
+        >>> len(vocabulary)
+        256
+    """
 
     kind = "bytes"
 

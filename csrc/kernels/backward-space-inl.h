@@ -53,8 +53,10 @@ struct DeltaRows {
   int64_t step(int64_t t) const { return step_row != nullptr ? step_row[t] : (t & ring) * slots; }
 };
 
+// What is decided before anything is laid out: which rows are summed together and by whom, what is
+// packed, and how many steps' deltas are kept.
 template <typename CellType, typename scalar>
-struct BackwardSpace {
+struct BackwardPlan {
   using Sum = SumOf<scalar>;
   static constexpr int kMostParts = 2;
   // The first part is summed in the results, where they are of the type of sums.
@@ -64,8 +66,7 @@ struct BackwardSpace {
   Panels<Sum> hidden;  // columns of W_hh, of dW_hh
   Panels<Sum> inputs;  // columns of W_ih, of dW_ih
   int parts;
-  WeightSums<Sum> sums[kMostParts];
-  bool direct;  // there are none beside the results, which are summed in place or stored at once
+  bool direct;  // no sums beside the results, which are summed in place or stored at once
 
   // Members that share the hidden units are one group. Else there may be as many groups as parts,
   // each of which has its own one, and needs no rows of the others.
@@ -74,24 +75,13 @@ struct BackwardSpace {
   int first_part, last_part;  // of the group
   Range slots;                // of those
   int64_t chunk;              // steps that are run before what follows from their deltas
-  DeltaRows<scalar> delta;
-  Sum* carry;  // [B][padded H], by slot
+  int64_t kept;               // steps whose deltas are kept; fewer than T: a ring of them
 
-  // What is packed. Of sequences of one step only dh0 needs W_hh.
+  // Of sequences of one step only dh0 needs W_hh.
   bool packs_recurrent, packs_input;
-  // Shared by the members that pack it.
-  Team packers;
-  PackedOf<scalar>* recurrent;  // W_hh in panels
-  PackedOf<scalar>* input;      // W_ih in panels
-  Sum* zero_sums;               // a row for whatever is absent
-  scalar* zeros;                // the same memory
+  Team packers;  // the members that share what is packed
 
-  // Each member's own:
-  int64_t* step_row;         // of delta, when sequences differ in length
-  PackedOf<scalar>* packed;  // what OuterProducts packs
-  size_t bytes;
-
-  BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base)
+  BackwardPlan(const BackwardArgs<scalar>& args, const Team& team)
       : K(kGates<CellType> * args.H),
         hidden(args.H),
         inputs(args.I),
@@ -107,7 +97,6 @@ struct BackwardSpace {
     packers = subteam(team, apart ? team.size : 1);
     packs_recurrent = length_of(seq, 0) > 1 || (args.dh0 != nullptr && seq.B > kThinRows<scalar>);
     packs_input = args.dx != nullptr && seq.N > kThinRows<scalar>;
-
     direct = parts == 1 && (kSumsAreResults || rows_in(seq) <= kOuterRows<scalar>);
 
     // Rows of a chunk, of each part.
@@ -118,9 +107,9 @@ struct BackwardSpace {
       return steps > 1 ? steps : 1;
     };
     chunk = group.size > 1 ? seq.T : steps_of(slots.last - slots.first);
-    // Steps that are kept: those of a chunk, the one before it, and those with rows that are not
-    // yet summed. Sequences of their own lengths begin at steps far apart, whose deltas dh0 wants.
-    int64_t kept = 1;
+    // Those of a chunk, the one before it, and those with rows that are not yet summed. Sequences
+    // of their own lengths begin at steps far apart, whose deltas dh0 wants.
+    kept = 1;
     const int64_t smallest = seq.B / parts;  // slots of a part
     if (group.size == 1 && seq.lengths == nullptr && smallest > 0) {
       const int64_t needed =
@@ -129,17 +118,44 @@ struct BackwardSpace {
     } else {
       kept = seq.T;
     }
-    const bool ring = kept < seq.T;
+  }
+};
+
+// A plan, and its memory.
+template <typename CellType, typename scalar>
+struct BackwardSpace : BackwardPlan<CellType, scalar> {
+  using Plan = BackwardPlan<CellType, scalar>;
+  using Sum = SumOf<scalar>;
+
+  WeightSums<Sum> sums[Plan::kMostParts];
+  DeltaRows<scalar> delta;
+  Sum* carry;  // [B][padded H], by slot
+  // Shared by the members that pack it:
+  PackedOf<scalar>* recurrent;  // W_hh in panels
+  PackedOf<scalar>* input;      // W_ih in panels
+  Sum* zero_sums;               // a row for whatever is absent
+  scalar* zeros;                // the same memory
+  // Each member's own:
+  int64_t* step_row;         // of delta, when sequences differ in length
+  PackedOf<scalar>* packed;  // what OuterProducts packs
+  size_t bytes;
+
+  BackwardSpace(const BackwardArgs<scalar>& args, const Team& team, void* base) : Plan(args, team) {
+    const Plan& plan = *this;
+    const Sequences& seq = args.seq;
+    const int64_t K = plan.K;
+    const int parts = plan.parts, first_part = plan.first_part, last_part = plan.last_part;
+    const bool ring = plan.kept < seq.T;
 
     Arena arena(base);
     const bool dense = args.dW_ih != nullptr && args.ids == nullptr;
     const bool tokens = args.dW_ih != nullptr && args.ids != nullptr;
     for (int part = 0; part < parts; ++part) {
       const auto take = [&](scalar* result, int64_t n) -> Sum* {
-        if constexpr (kSumsAreResults) {
+        if constexpr (Plan::kSumsAreResults) {
           if (part == 0) return result;
         }
-        return result != nullptr ? arena.take<Sum>(direct ? 0 : n) : nullptr;
+        return result != nullptr ? arena.take<Sum>(plan.direct ? 0 : n) : nullptr;
       };
       const bool biases = args.db_ih != nullptr || args.db_hh != nullptr;
       sums[part] = {take(dense ? args.dW_ih : nullptr, K * args.I), take(args.dW_hh, K * args.H),
@@ -147,20 +163,20 @@ struct BackwardSpace {
                     tokens ? arena.take<double>(args.I * K) : nullptr, nullptr};
       arena.next_page();
     }
-    arena.take_each(team.size / packers.size, team.rank / packers.size, [&] {
+    arena.take_each(team.size / plan.packers.size, team.rank / plan.packers.size, [&] {
       const auto take = [&](bool wanted, const Panels<Sum>& panels) {
         return arena.take<PackedOf<scalar>>(wanted ? packed_size<scalar>(panels, K) : 0);
       };
-      recurrent = take(packs_recurrent, hidden);
-      input = take(packs_input, inputs);
+      recurrent = take(plan.packs_recurrent, plan.hidden);
+      input = take(plan.packs_input, plan.inputs);
       zero_sums = arena.take<Sum>(zero_columns());
       zeros = reinterpret_cast<scalar*>(zero_sums);
     });
     const int64_t width = kSums<CellType> * args.H;
     arena.next_page();
-    scalar* deltas = arena.take<scalar>((ring ? kept * seq.B : rows_in(seq)) * width);
+    scalar* deltas = arena.take<scalar>((ring ? plan.kept * seq.B : rows_in(seq)) * width);
     arena.next_page();
-    carry = arena.take<Sum>(CellType::kCarries ? seq.B * hidden.padded_columns() : 0);
+    carry = arena.take<Sum>(CellType::kCarries ? seq.B * plan.hidden.padded_columns() : 0);
     arena.take_each(team.size, team.rank, [&] {
       step_row = seq.lengths != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
       packed = arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H, kSums<CellType>));
@@ -169,18 +185,19 @@ struct BackwardSpace {
     for (int part = 0; part < parts; ++part) {
       const bool own = first_part <= part && part < last_part;
       // Of another group the last member, which has units of its own however few there are.
-      const int member = own ? team.rank : (part / (last_part - first_part) + 1) * group.size - 1;
+      const int member =
+          own ? team.rank : (part / (last_part - first_part) + 1) * plan.group.size - 1;
       if (tokens) sums[part].seen = seen + (member * parts + part) * args.I;
     }
     bytes = arena.used();
 
     const int64_t rows_before =
-        ring ? kept * slots.first : rows_in(seq, {0, slots.first}, {0, seq.T});
+        ring ? plan.kept * plan.slots.first : rows_in(seq, {0, plan.slots.first}, {0, seq.T});
     delta = {deltas != nullptr ? deltas + rows_before * width : nullptr,
              step_row,
-             ring ? kept - 1 : -1,
-             slots.first,
-             slots.last - slots.first,
+             ring ? plan.kept - 1 : -1,
+             plan.slots.first,
+             plan.slots.last - plan.slots.first,
              width};
   }
 
@@ -190,7 +207,7 @@ struct BackwardSpace {
   }
 
   int64_t zero_columns() const {
-    const int64_t a = hidden.padded_columns(), b = inputs.padded_columns();
+    const int64_t a = this->hidden.padded_columns(), b = this->inputs.padded_columns();
     return a > b ? a : b;
   }
 };

@@ -207,6 +207,49 @@ void forward_from_zeros(const TileArgs<scalar, SumOf<scalar>>& args, Range rows,
   }
 }
 
+// The sums of the input for the slots of a block: made for a chunk of steps at once, which runs
+// ahead of the recurrence, and used one step after the other.
+template <typename CellType, typename scalar>
+class ProjectionAhead {
+ public:
+  // `walk` is that of the recurrence, before its first step; slot[i] the slot of its row i.
+  ProjectionAhead(const ForwardArgs<scalar>& args, const ForwardSpace<CellType, scalar>& space,
+                  Range panels, const int64_t* slot, int64_t slots, const StepWalk& walk)
+      : args_(args), space_(space), panels_(panels), slot_(slot), slots_(slots), walk_(walk) {}
+
+  // Makes the next chunk when the last one is used up.
+  void make() {
+    if (steps > 0) return;
+    int64_t rows[kChunkRows];
+    int64_t count = 0;
+    while (count + slots_ <= space_.chunk_rows && walk_.next()) {
+      for (int64_t i = 0; i < walk_.running; ++i)
+        rows[count++] = row_of(args_.seq, walk_.t, slot_[i]);
+      ++steps;
+    }
+    project(args_, space_, panels_, rows, count);
+    next_ = space_.projected;
+  }
+  // The sums of row i of the next step.
+  const SumOf<scalar>* row(int64_t i) const { return next_ + i * space_.width; }
+  // Passes over n steps, of so many scalars each.
+  void use(int64_t n, int64_t distance) {
+    steps -= n;
+    next_ += n * distance;
+  }
+
+  int64_t steps = 0;  // that are made and not yet used
+
+ private:
+  const ForwardArgs<scalar>& args_;
+  const ForwardSpace<CellType, scalar>& space_;
+  Range panels_;
+  const int64_t* slot_;
+  int64_t slots_;
+  StepWalk walk_;
+  const SumOf<scalar>* next_ = nullptr;
+};
+
 // Runs slots [slots.first, slots.last), at most kBlockSlots of them, through all steps, computing
 // the units of some panels. Between steps it waits for the team when others compute the other
 // units.
@@ -245,10 +288,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
     }
   }
   StepWalk walk(seq, slots.first, slots.last, args.reverse);
-  StepWalk ahead = walk;  // runs a chunk of steps ahead, projecting
-  int64_t projected = 0;  // steps projected and not yet run
-  int64_t rows[kChunkRows];
-  const Sum* from_input = nullptr;  // the next row of space.projected
+  ProjectionAhead projection(args, space, mine, slot, slots.last - slots.first, walk);
   const scalar* previous[kBlockSlots];
   const Sum* init[kBlockSlots];
   scalar* current[kBlockSlots];
@@ -273,18 +313,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
   const bool looks_up = args.ids != nullptr && !gathers_ids(args) && rows_running == 0;
   bool backwards = false;  // through the panels: those that were read last are still in the cache
   while (walk.next()) {
-    if (projected == 0 && !looks_up) {
-      int64_t count = 0;
-      while (count + (slots.last - slots.first) <= space.chunk_rows && ahead.next()) {
-        for (int64_t i = 0; i < ahead.running; ++i) {
-          rows[count++] = row_of(seq, ahead.t, slot[i]);
-        }
-        ++projected;
-      }
-      project(args, space, mine, rows, count);
-      from_input = space.projected;
-    }
-
+    if (!looks_up) projection.make();
     const int64_t before = args.reverse ? walk.t + 1 : walk.t - 1;
     int64_t active = walk.running;
     for (int64_t i = 0; i < walk.running; ++i) {
@@ -292,7 +321,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
       current[i] = args.y + row * args.ldy;
       if (args.saved != nullptr) saved[i] = args.saved + row * kSaved * args.H;
       if (args.cells != nullptr) cells[i] = args.cells + row * args.ldcells;
-      init[i] = looks_up ? space.table + args.ids[row] * space.width : from_input + i * space.width;
+      init[i] = looks_up ? space.table + args.ids[row] * space.width : projection.row(i);
     }
     for (int64_t i = 0; i < walk.continuing; ++i) {
       previous[i] = args.y + row_of(seq, before, slot[i]) * args.ldy;
@@ -307,13 +336,12 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
     product.steps = 1;
     if (walk.continuing == walk.running && walk.running <= rows_running) {
       const int64_t steady = walk.steady();
-      product.steps = steady < projected ? steady : projected;
+      product.steps = steady < projection.steps ? steady : projection.steps;
       walk.run(product.steps);
     }
     if (!looks_up) {
-      projected -= product.steps;
       product.init_step = walk.running * space.width;
-      from_input += product.steps * product.init_step;
+      projection.use(product.steps, product.init_step);
     }
     for (int64_t i = mine.first; i < mine.last; ++i) {
       const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
