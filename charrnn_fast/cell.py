@@ -117,11 +117,12 @@ class Cell(Fused, nn.RNNCellBase):
 
 
 class RNNCell(Cell, nn.RNNCell):
-    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`: the same arguments, attributes,
-    ``state_dict`` and errors.
+    """One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`: the same arguments,
+    attributes, ``state_dict`` and errors.
 
-    Beyond ``nn.RNNCell`` it takes ``nonlinearity='sigmoid'``, token ids, and ``reset``; see :meth:`forward`. A
-    scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.
+    Beyond ``nn.RNNCell`` it takes ``nonlinearity='sigmoid'``, token ids, and ``reset``; see
+    :meth:`forward`. A scripted or exported program that holds it needs ``import charrnn_fast``
+    where it is loaded.
 
     Args:
         input_size: features of a step, I; with token ids the size of the vocabulary.
@@ -178,8 +179,8 @@ class GRUCell(Cell, nn.GRUCell):
 
 
 class LSTMCell(Cell, nn.LSTMCell):
-    """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`: the same arguments, attributes,
-    ``state_dict`` and errors.
+    """One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`: the same arguments,
+    attributes, ``state_dict`` and errors.
 
     Beyond ``nn.LSTMCell`` it takes token ids, and ``reset``; see :meth:`forward`. A
     scripted or exported program that holds it needs ``import charrnn_fast`` where it is loaded.

@@ -10,15 +10,15 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class GRU(Recurrent, nn.GRU):
-    r"""GRU, a drop-in for :class:`torch.nn.GRU`: the same arguments, attributes, ``state_dict`` and
+    """GRU, a drop-in for :class:`torch.nn.GRU`: the same arguments, attributes, ``state_dict`` and
     errors.
 
-    .. math::
+    .. code-block:: none
 
-        r &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
-        z &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
-        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
-        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+        r = sigmoid(W_ir x + b_ir + W_hr h_before + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h_before + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h_before + b_hn))
+        h = (1 - z) * n + z * h_before
 
     Beyond ``nn.GRU`` it takes token ids in place of one-hot vectors, the ``lengths`` of the
     sequences of a padded batch, and ``resets`` within a sequence; see :meth:`forward`. Gradients

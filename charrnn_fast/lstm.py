@@ -11,17 +11,17 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class LSTM(Recurrent, nn.LSTM):
-    r"""LSTM, a drop-in for :class:`torch.nn.LSTM`: the same arguments, attributes, ``state_dict`` and
-    errors.
+    """LSTM, a drop-in for :class:`torch.nn.LSTM`: the same arguments, attributes, ``state_dict``
+    and errors.
 
-    .. math::
+    .. code-block:: none
 
-        i &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
-        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
-        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
-        o &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
-        c_t &= f \odot c_{t-1} + i \odot g \\
-        h_t &= o \odot \tanh(c_t)
+        i = sigmoid(W_ii x + b_ii + W_hi h_before + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h_before + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h_before + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h_before + b_ho)
+        c = f * c_before + i * g
+        h = o * tanh(c)
 
     Beyond ``nn.LSTM`` it takes token ids in place of one-hot vectors, the ``lengths`` of the
     sequences of a padded batch, and ``resets`` within a sequence, and it returns the cell states of

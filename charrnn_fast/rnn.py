@@ -11,10 +11,12 @@ from charrnn_fast.recurrent import Recurrent, describe
 
 
 class RNN(Recurrent, nn.RNN):
-    r"""Elman RNN, a drop-in for :class:`torch.nn.RNN`: the same arguments, attributes,
+    """Elman RNN, a drop-in for :class:`torch.nn.RNN`: the same arguments, attributes,
     ``state_dict`` and errors.
 
-    .. math:: h_t = \mathrm{act}(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+    .. code-block:: none
+
+        h = act(W_ih x + b_ih + W_hh h_before + b_hh)
 
     Beyond ``nn.RNN`` it takes ``nonlinearity='sigmoid'``, token ids in place of one-hot vectors,
     the ``lengths`` of the sequences of a padded batch, and ``resets`` within a sequence; see

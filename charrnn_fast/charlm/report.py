@@ -30,15 +30,16 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem 1.5rem .15rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 14px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
       border-left: 3px solid #ccc; padding-left: 1rem; margin: .5rem 0 1rem; }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: 1rem; }
-svg { max-width: 100%; height: auto; }
-.scale span { padding: .1rem .6rem; }
+.samples { display: grid; gap: 1rem;
+           grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
+.figure { overflow-x: auto; } svg { width: 100%; min-width: 36rem; height: auto; }
+.scale span { padding: .1rem .6rem; display: inline-block; }
 .note { color: #555; }
-details td { font-size: 14px; }
+details td.number { font-size: 14px; white-space: normal; overflow-wrap: anywhere; }
 """
 
 
@@ -121,6 +122,7 @@ def curves(rows: list[dict[str, Any]]) -> str:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise UsageError("the report needs: pip install matplotlib") from None
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "charrnn_fast", "font.size": 11}):
@@ -145,10 +147,14 @@ def curves(rows: list[dict[str, Any]]) -> str:
         axes["rate"].set(ylabel="learning rate", xlabel="epoch")
         axes["norm"].plot(*series(rows, "grad_norm"), color="#555555")
         axes["norm"].set(ylabel="gradient norm", xlabel="epoch", yscale="log")
+        axes["norm"].yaxis.set_major_formatter("{x:g}")
+        axes["norm"].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes["norm"].yaxis.set_minor_formatter("{x:g}")
         for axis in axes.values():
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
-        return svg(figure, "Loss, learning rate and gradient norm over the epochs")
+        drawn = svg(figure, "Loss, learning rate and gradient norm over the epochs")
+        return f'<div class="figure">{drawn}</div>'
 
 
 def svg(figure: Any, title: str) -> str:
@@ -174,7 +180,7 @@ def surprises(pretrained: Pretrained) -> str:
     try:
         part = held_out_part(pretrained.training, pretrained.vocabulary)
     except (UsageError, OSError) as error:
-        return f'<p class="note">Not to be had: {html.escape(str(error))}.</p>'
+        return f'<p class="note">It cannot be shown: {html.escape(str(error))}.</p>'
     ids = (part.ids if isinstance(part, LineBatches) else part)[:SHOWN]
     nats = np.concatenate([np.zeros(1), *surprisals(pretrained.model, [ids])])
     spans = "".join(

@@ -69,7 +69,8 @@ class Trainer:
         ...     path = pathlib.Path(folder, "text")
         ...     _ = path.write_text("all work and no play " * 50, encoding="utf-8")
         ...     options = TrainOptions(
-        ...         text=path, out_dir=folder + "/run", hidden_size=16, batch_size=4, seq_length=16)
+        ...         text=path, out_dir=folder + "/run", hidden_size=16, batch_size=4,
+        ...         seq_length=16)
         ...     trainer = Trainer(options, say=None)
         ...     first = trainer.train_step()
         >>> trainer.progress.step, first.shape
