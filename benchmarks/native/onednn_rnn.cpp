@@ -32,81 +32,42 @@ struct Descs {
   memory::desc x, h, c, W_ih, W_hh, bias, y, none;
 };
 
-// A cell: how many gates it has, how many of its biases, whether it has a c, and its primitives.
-struct VanillaRnn {
-  static constexpr int64_t kGates = 1, kBiases = 1;
-  static constexpr bool kHasC = false;
-  using Forward = dnnl::vanilla_rnn_forward;
-  using Backward = dnnl::vanilla_rnn_backward;
+// A cell: its primitives, how many gates it has, how many of its biases, whether it has a c, and
+// the activation where there is a choice.
+template <typename ForwardType, typename BackwardType, int64_t gates, int64_t biases, bool has_c,
+          dnnl::algorithm... activation>
+struct Cell {
+  static constexpr int64_t kGates = gates, kBiases = biases;
+  static constexpr bool kHasC = has_c;
+  using Forward = ForwardType;
+  using Backward = BackwardType;
 
-  static Forward::primitive_desc forward(const dnnl::engine& engine, dnnl::prop_kind kind,
-                                         const Descs& d) {
-    return {engine, kind, kTanh, kDirection, d.x, d.h, d.W_ih, d.W_hh, d.bias, d.y, d.none};
+  static typename Forward::primitive_desc forward(const dnnl::engine& engine, dnnl::prop_kind kind,
+                                                  const Descs& d) {
+    if constexpr (has_c) {
+      return {engine, kind,   activation..., kDirection, d.x,    d.h,   d.c,
+              d.W_ih, d.W_hh, d.bias,        d.y,        d.none, d.none};
+    } else {
+      return {engine, kind,   activation..., kDirection, d.x,   d.h,
+              d.W_ih, d.W_hh, d.bias,        d.y,        d.none};
+    }
   }
-  static Backward::primitive_desc backward(const dnnl::engine& engine, const Descs& d,
-                                           const Forward::primitive_desc& forward) {
-    return {engine, dnnl::prop_kind::backward,
-            kTanh,  kDirection,
-            d.x,    d.h,
-            d.W_ih, d.W_hh,
-            d.bias, d.y,
-            d.none, d.x,
-            d.h,    d.W_ih,
-            d.W_hh, d.bias,
-            d.y,    d.none,
-            forward};
+  static typename Backward::primitive_desc backward(
+      const dnnl::engine& engine, const Descs& d, const typename Forward::primitive_desc& forward) {
+    constexpr auto kKind = dnnl::prop_kind::backward;
+    if constexpr (has_c) {
+      return {engine, kKind,  activation..., kDirection, d.x,    d.h,    d.c,    d.W_ih,
+              d.W_hh, d.bias, d.y,           d.none,     d.none, d.x,    d.h,    d.c,
+              d.W_ih, d.W_hh, d.bias,        d.y,        d.none, d.none, forward};
+    } else {
+      return {engine, kKind, activation..., kDirection, d.x,    d.h,    d.W_ih, d.W_hh, d.bias, d.y,
+              d.none, d.x,   d.h,           d.W_ih,     d.W_hh, d.bias, d.y,    d.none, forward};
+    }
   }
 };
-
-struct Lstm {
-  static constexpr int64_t kGates = 4, kBiases = 4;
-  static constexpr bool kHasC = true;
-  using Forward = dnnl::lstm_forward;
-  using Backward = dnnl::lstm_backward;
-
-  static Forward::primitive_desc forward(const dnnl::engine& engine, dnnl::prop_kind kind,
-                                         const Descs& d) {
-    return {engine, kind, kDirection, d.x, d.h, d.c, d.W_ih, d.W_hh, d.bias, d.y, d.none, d.none};
-  }
-  static Backward::primitive_desc backward(const dnnl::engine& engine, const Descs& d,
-                                           const Forward::primitive_desc& forward) {
-    return {engine,     dnnl::prop_kind::backward,
-            kDirection, d.x,
-            d.h,        d.c,
-            d.W_ih,     d.W_hh,
-            d.bias,     d.y,
-            d.none,     d.none,
-            d.x,        d.h,
-            d.c,        d.W_ih,
-            d.W_hh,     d.bias,
-            d.y,        d.none,
-            d.none,     forward};
-  }
-};
-
-struct LbrGru {
-  static constexpr int64_t kGates = 3, kBiases = 4;
-  static constexpr bool kHasC = false;
-  using Forward = dnnl::lbr_gru_forward;
-  using Backward = dnnl::lbr_gru_backward;
-
-  static Forward::primitive_desc forward(const dnnl::engine& engine, dnnl::prop_kind kind,
-                                         const Descs& d) {
-    return {engine, kind, kDirection, d.x, d.h, d.W_ih, d.W_hh, d.bias, d.y, d.none};
-  }
-  static Backward::primitive_desc backward(const dnnl::engine& engine, const Descs& d,
-                                           const Forward::primitive_desc& forward) {
-    return {engine,     dnnl::prop_kind::backward,
-            kDirection, d.x,
-            d.h,        d.W_ih,
-            d.W_hh,     d.bias,
-            d.y,        d.none,
-            d.x,        d.h,
-            d.W_ih,     d.W_hh,
-            d.bias,     d.y,
-            d.none,     forward};
-  }
-};
+using VanillaRnn = Cell<dnnl::vanilla_rnn_forward, dnnl::vanilla_rnn_backward, 1, 1, false, kTanh>;
+using Lstm = Cell<dnnl::lstm_forward, dnnl::lstm_backward, 4, 4, true>;
+using LbrGru = Cell<dnnl::lbr_gru_forward, dnnl::lbr_gru_backward, 3, 4, false>;
 
 // What the arrays of a call hold; null: there is no such thing.
 struct Values {
@@ -122,25 +83,25 @@ struct Layer {
   virtual void read(const Results& to) = 0;
 };
 
-template <typename Cell>
+template <typename CellType>
 class LayerOf : public Layer {
  public:
   LayerOf(int64_t T, int64_t B, int64_t I, int64_t H, bool training, const Values& from)
       : training_(training),
-        W_ih_({1, 1, I, Cell::kGates, H}, kF32, Tag::ldgoi),  // torch's [G*H, I]
-        W_hh_({1, 1, H, Cell::kGates, H}, kF32, Tag::ldgoi) {
+        W_ih_({1, 1, I, CellType::kGates, H}, kF32, Tag::ldgoi),  // torch's [G*H, I]
+        W_hh_({1, 1, H, CellType::kGates, H}, kF32, Tag::ldgoi) {
     Descs d;
     d.x = {{T, B, I}, kF32, Tag::tnc};
     d.y = {{T, B, H}, kF32, Tag::tnc};
     d.h = d.c = {{1, 1, B, H}, kF32, Tag::ldnc};
-    d.bias = {{1, 1, Cell::kBiases, H}, kF32, Tag::ldgo};
-    d.W_ih = {{1, 1, I, Cell::kGates, H}, kF32, Tag::any};
-    d.W_hh = {{1, 1, H, Cell::kGates, H}, kF32, Tag::any};
+    d.bias = {{1, 1, CellType::kBiases, H}, kF32, Tag::ldgo};
+    d.W_ih = {{1, 1, I, CellType::kGates, H}, kF32, Tag::any};
+    d.W_hh = {{1, 1, H, CellType::kGates, H}, kF32, Tag::any};
 
     const auto kind =
         training ? dnnl::prop_kind::forward_training : dnnl::prop_kind::forward_inference;
-    const auto forward = Cell::forward(engine_, kind, d);
-    forward_ = typename Cell::Forward(forward);
+    const auto forward = CellType::forward(engine_, kind, d);
+    forward_ = typename CellType::Forward(forward);
     const memory x = filled(d.x, from.x), bias = filled(d.bias, from.bias);
     const memory W_ih = filled(W_ih_, from.W_ih), W_hh = filled(W_hh_, from.W_hh);
     y_ = memory(d.y, engine_);
@@ -150,12 +111,12 @@ class LayerOf : public Layer {
                      {DNNL_ARG_WEIGHTS_ITER, reordered(W_hh, forward.weights_iter_desc())},
                      {DNNL_ARG_BIAS, bias},
                      {DNNL_ARG_DST_LAYER, y_}};
-    if (Cell::kHasC) forward_args_.insert({DNNL_ARG_SRC_ITER_C, filled(d.c, from.c0)});
+    if (CellType::kHasC) forward_args_.insert({DNNL_ARG_SRC_ITER_C, filled(d.c, from.c0)});
     if (!training) return;
 
     forward_args_.insert({DNNL_ARG_WORKSPACE, memory(forward.workspace_desc(), engine_)});
-    const auto backward = Cell::backward(engine_, d, forward);
-    backward_ = typename Cell::Backward(backward);
+    const auto backward = CellType::backward(engine_, d, forward);
+    backward_ = typename CellType::Backward(backward);
     dx_ = memory(d.x, engine_);
     dh0_ = memory(d.h, engine_);
     dW_ih_ = memory(backward.diff_weights_layer_desc(), engine_);
@@ -171,7 +132,7 @@ class LayerOf : public Layer {
                            {DNNL_ARG_DIFF_WEIGHTS_LAYER, dW_ih_},
                            {DNNL_ARG_DIFF_WEIGHTS_ITER, dW_hh_},
                            {DNNL_ARG_DIFF_BIAS, db_}});
-    if (Cell::kHasC) {
+    if (CellType::kHasC) {
       dc0_ = memory(d.c, engine_);
       backward_args_.insert({DNNL_ARG_DIFF_SRC_ITER_C, dc0_});
     }
@@ -197,7 +158,7 @@ class LayerOf : public Layer {
     if (!training_) return;
     copy(dx_, to.dx);
     copy(dh0_, to.dh0);
-    if (Cell::kHasC) copy(dc0_, to.dc0);
+    if (CellType::kHasC) copy(dc0_, to.dc0);
     copy(reordered(dW_ih_, W_ih_), to.dW_ih);
     copy(reordered(dW_hh_, W_hh_), to.dW_hh);
     copy(db_, to.db);

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL
 
 from charrnn_fast.charlm import TrainOptions
 from charrnn_fast.charlm.model import Backend, Cell
+from charrnn_fast.cli import main
 
 TEXT = "the quick brown fox jumps over the lazy dog\nand runs away from all of it\n" * 40
 
@@ -53,6 +55,14 @@ def trained(options: TrainOptions):
     from charrnn_fast.charlm import train
 
     return train(replace(options, max_epochs=2), say=None)
+
+
+@pytest.fixture
+def folder(text, tmp_path, capsys) -> str:
+    """A run by the command."""
+    assert main(["train", str(text), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
+    capsys.readouterr()
+    return str(tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What a run left in its folder."""
+"""Runs by the command, and what they left in their folders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ import pytest
 
 from charrnn_fast.charlm import Trainer, train
 from charrnn_fast.charlm.checkpoint import read_tensors
+from charrnn_fast.cli import main
 
 TIMES = ("seconds", "chars_per_second")
+# A run of a second.
+SMALL = ["--hidden-size", "8", "--batch-size", "4", "--seq-length", "8", "--max-iters", "20"]
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Runs a wrong command: exit code 2, and one line on stderr, which is returned."""
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("charrnn-fast: ")
+    assert shown.err.count("\n") == 1
+    return shown.err
 
 
 def metrics(folder) -> list[dict]:

@@ -168,7 +168,8 @@ def test_first_step_is_plain_pytorch(options, cell):
     optimizer.step()
     torch.testing.assert_close(trainer.train_step(), loss.detach())
     for a, b in zip(trainer.model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+        tight = {"rtol": 1e-4, "atol": 1e-5} if cell == "rnn" else {"rtol": 1e-3, "atol": 2e-5}
+        torch.testing.assert_close(a, b, **tight)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,7 @@ def test_state_is_carried(cell, backend):
 
 
 def test_streaming_evaluation_is_exact(options, backend):
+    """In pieces or at once: the same loss; by streams from zero states: nearly."""
     trainer = train(replace(options, backend=backend, max_epochs=1), say=None)
     ids = trainer.held_out
     whole = evaluate(trainer.model, ids, streams=1, seq_length=10_000)
@@ -249,6 +251,7 @@ def test_streaming_evaluation_is_exact(options, backend):
     assert count == len(ids) - 1
     assert pieces == pytest.approx(whole, rel=1e-5)
     assert evaluate(trainer.model, ids, streams=1, seq_length=13) == pytest.approx(whole, rel=1e-5)
+    assert evaluate(trainer.model, ids, streams=4, seq_length=16) == pytest.approx(whole, rel=0.2)
 
 
 def test_every_setting_comes_back(tmp_path, cell, backend):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, fails
 
 from charrnn_fast.cli import main
-
-SMALL = ["--hidden-size", "8", "--batch-size", "4", "--seq-length", "8", "--max-iters", "20"]
 
 
 def run(*arguments, **kwargs):
@@ -72,23 +71,6 @@ def test_progress_bar_on_a_terminal(text, tmp_path):
     assert process.wait() == 0
     assert b"char/s" in shown
     assert b"loss=" in shown
-
-
-@pytest.fixture
-def folder(text, tmp_path, capsys):
-    assert main(["train", str(text), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
-    capsys.readouterr()
-    return str(tmp_path / "run")
-
-
-def fails(capsys, *arguments) -> str:
-    """Runs a wrong command: exit code 2, and one line on stderr, which is returned."""
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("charrnn-fast: ")
-    assert shown.err.count("\n") == 1
-    return shown.err
 
 
 def test_wrong_texts(capsys, tmp_path):

@@ -192,17 +192,6 @@ def test_text_does_not_depend_on_the_chunk(backend, chunk):
     assert torch.equal(whole, pieces)
 
 
-def test_state_is_carried(backend):
-    """Reading the whole text again for every character gives the same ones."""
-    model = model_of(backend)
-    carried = sample(model, VOCABULARY, "hello", 40, temperature=0)[0]
-    text = "hello"
-    for _ in range(40):
-        logits, _ = model(torch.from_numpy(VOCABULARY.encode(text).astype("int64"))[:, None])
-        text += VOCABULARY.decode(logits[-1, 0].argmax())
-    assert text == "hello" + carried
-
-
 def test_streams_differ_and_the_first_one_is_like_alone(backend):
     texts = sample(model_of(backend), VOCABULARY, "a", 50, seed=1, streams=4)
     assert len(set(texts)) == 4

@@ -55,25 +55,6 @@ def test_backends_train_alike(options):
     assert texts[0] == texts[1]
 
 
-def test_first_step_is_plain_pytorch(options):
-    """One step of the trainer is the textbook's: one-hot, nn.RNN, cross-entropy, Adam."""
-    trainer = Trainer(replace(options, backend="fast", warmup_iters=0, grad_clip=0.0), say=None)
-    state = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    plain = nn.Module()
-    vocab = len(trainer.vocabulary)
-    plain.rnn, plain.head = nn.RNN(vocab, 16, 2), nn.Linear(16, vocab)
-    plain.load_state_dict(state)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=options.learning_rate)
-    batch = trainer.batches.batch(0, 0)
-    y, _ = plain.rnn(nn.functional.one_hot(batch.tokens, vocab).float())
-    loss = nn.functional.cross_entropy(plain.head(y).flatten(0, 1), batch.targets.flatten())
-    loss.backward()
-    optimizer.step()
-    torch.testing.assert_close(trainer.train_step(), loss.detach())
-    for a, b in zip(trainer.model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_steps_are_those_of_a_plain_loop(options):
     """With the schedule, clipping, weight decay and the carried state, each where it belongs."""
     changes = {"warmup_iters": 3, "grad_clip": 0.05, "weight_decay": 3.0, "min_lr": 1e-3}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import SMALL, fails
 
 from charrnn_fast.charlm import (
     ModelConfig,
@@ -34,28 +35,9 @@ from charrnn_fast.charlm.group import Group, usable_device
 from charrnn_fast.charlm.options import resumed_options
 from charrnn_fast.cli import main
 
-SMALL = ["--hidden-size", "8", "--batch-size", "4", "--seq-length", "8", "--max-iters", "20"]
-
-
-@pytest.fixture
-def folder(text, tmp_path, capsys) -> str:
-    assert main(["train", str(text), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
-    capsys.readouterr()
-    return str(tmp_path / "run")
-
 
 def files(folder: str | Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
-
-
-def fails(capsys, *arguments: str) -> str:
-    """Runs a wrong command: exit code 2, and one line on stderr, which is returned."""
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("charrnn-fast: ")
-    assert shown.err.count("\n") == 1
-    return shown.err
 
 
 def in_a_process(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

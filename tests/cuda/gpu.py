@@ -51,6 +51,10 @@ def say(**result):
     print("RESULT " + json.dumps(result), flush=True)
 
 
+def say_failed(part, name, error):
+    say(part=part, name=name, ok=False, error=f"{type(error).__name__}: {error}"[:500])
+
+
 # --- parts, each in a process of its own ---
 
 
@@ -295,12 +299,7 @@ def generation(deadline):
             differing = (drawn[0].cpu() != expected).float().mean().item()
             say(part="generation", name=name, ok=differing <= 0.01, differing=differing, by=by)
         except Exception as error:
-            say(
-                part="generation",
-                name=name,
-                ok=False,
-                error=f"{type(error).__name__}: {error}"[:500],
-            )
+            say_failed("generation", name, error)
 
 
 def capture(deadline):
@@ -330,7 +329,7 @@ def capture(deadline):
                 same = torch.equal(output, module(x)[0])
             say(part="capture", name=name, ok=same)
         except Exception as error:
-            say(part="capture", name=name, ok=False, error=f"{type(error).__name__}: {error}"[:500])
+            say_failed("capture", name, error)
 
 
 def sanitized():

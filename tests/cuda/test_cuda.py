@@ -278,64 +278,11 @@ def test_nvcc_compiles_without_spills():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("hidden", [32, 200, 300, 600, 1500, 2100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_parity_on_a_device(hidden, dtype):
-    """Against nn.RNN in float64 on the CPU. Has never run."""
-    import charrnn_fast
-
-    ours = charrnn_fast.RNN(16, hidden, bidirectional=True, device="cuda", dtype=dtype)
-    reference = torch.nn.RNN(16, hidden, bidirectional=True).double()
-    reference.load_state_dict(ours.state_dict())
-    x = torch.randn(12, 9, 16, dtype=dtype)
-    output, h_n = ours(x.cuda())
-    expected, expected_h_n = reference(x.double())
-    bound = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=bound)
-    torch.testing.assert_close(h_n.cpu().double(), expected_h_n, rtol=0, atol=bound)
-    (output.float() ** 2).mean().backward()
-    (expected**2).mean().backward()
-    for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
-        scale = q.grad.abs().max().item()
-        torch.testing.assert_close(p.grad.cpu().double(), q.grad, rtol=0, atol=2 * bound * scale)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
-def test_generation_on_a_device(options):
-    """The characters that the CPU draws, but for one in a hundred. Has never run."""
-    from charrnn_fast import ops
-    from charrnn_fast.charlm import ModelConfig, SampleOptions, build_model
-    from charrnn_fast.charlm.sample import step
-
-    model = build_model(ModelConfig(40, 32, 2), "fast", "orthogonal", seed=1).eval()
-    tokens, uniforms = torch.randint(40, (500,)), torch.rand(1, 500)
-    with torch.no_grad():
-        expected, _ = step(model, tokens, None, uniforms, SampleOptions(**options))
-        model.cuda()
-        assert ops.generates(model.head.weight, "RNN_TANH")
-        drawn, _ = step(model, tokens.cuda(), None, uniforms.cuda(), SampleOptions(**options))
-    assert (drawn.cpu() != expected).float().mean() <= 0.01
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("hidden", [32, 600, 2100])
-def test_capture_into_a_graph(hidden):
-    """One call of each design, replayed with another input. Has never run."""
-    import charrnn_fast
-
-    rnn = charrnn_fast.RNN(16, hidden, device="cuda")
-    x = torch.randn(12, 9, 16, device="cuda")
-    with torch.no_grad():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            rnn(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output, _ = rnn(x)
-        x.normal_()
-        graph.replay()
-        torch.testing.assert_close(output, rnn(x)[0], rtol=0, atol=0)
+@pytest.mark.parametrize("part", ["parity", "generation", "capture"])
+def test_on_a_device(part):
+    """What `make gpu-report` asks of a device, of the build that is there. Has never run."""
+    code, shown = run([sys.executable, str(HERE / "gpu.py"), "part", part, "300"])
+    results = [json.loads(line[7:]) for line in shown.splitlines() if line.startswith("RESULT ")]
+    assert code == 0, shown
+    assert results
+    assert all(result["ok"] for result in results), shown
