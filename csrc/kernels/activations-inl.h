@@ -2,7 +2,7 @@
 //
 // tanh and sigmoid stand on one core: with |r| <= ln2/2 and x = n ln2 + r, exp(x) = 2^n (1 + p(r)),
 // p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
-// (Remez). Where an ISA has a tanh of its own, activate() takes that. Accuracy
+// (Remez). activate() prefers an ISA's own tanh, where it has one. Accuracy
 // (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
 #pragma once
 

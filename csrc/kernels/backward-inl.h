@@ -206,7 +206,7 @@ void backward_state(const BackwardArgs<scalar>& args, const BackwardSpace<CellTy
                  });
 }
 
-// dc0, which is what the first step carries on.
+// dc0: the carry of the first step.
 template <typename CellType, typename scalar>
 void store_carries(const BackwardArgs<scalar>& args, const BackwardSpace<CellType, scalar>& space,
                    Range slots, Range units) {

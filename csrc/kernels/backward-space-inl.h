@@ -22,9 +22,9 @@ struct WeightSums {
   bool* seen;     // [I], each member's own of its parts
 };
 
-// Where delta lies: the rows of each group of members beside each other, so that no core fetches
-// ahead what another group is about to write. A thread that works in chunks of steps keeps a ring
-// of the last ones, which stays in cache.
+// Where delta lies: the rows of each group of members are contiguous, so that no core prefetches
+// lines that another group is about to write. A thread that works in chunks of steps keeps a ring
+// of the last steps, which stays in cache.
 template <typename scalar>
 struct DeltaRows {
   scalar* rows;
@@ -53,8 +53,8 @@ struct DeltaRows {
   int64_t step(int64_t t) const { return step_row != nullptr ? step_row[t] : (t & ring) * slots; }
 };
 
-// What is decided before anything is laid out: which rows are summed together and by whom, what is
-// packed, and how many steps' deltas are kept.
+// What is decided before anything is laid out: which rows are summed together and by which members,
+// what is packed, and how many steps' deltas are kept.
 template <typename CellType, typename scalar>
 struct BackwardPlan {
   using Sum = SumOf<scalar>;
@@ -68,8 +68,8 @@ struct BackwardPlan {
   int parts;
   bool direct;  // no sums beside the results, which are summed in place or stored at once
 
-  // Members that share the hidden units are one group. Else there may be as many groups as parts,
-  // each of which has its own one, and needs no rows of the others.
+  // Members that share the hidden units are one group. Otherwise there may be a group for each
+  // part, which needs no rows of another group.
   int groups;
   Team group;
   int first_part, last_part;  // of the group
@@ -133,7 +133,7 @@ struct BackwardSpace : BackwardPlan<CellType, scalar> {
   // Shared by the members that pack it:
   PackedOf<scalar>* recurrent;  // W_hh in panels
   PackedOf<scalar>* input;      // W_ih in panels
-  Sum* zero_sums;               // a row for whatever is absent
+  Sum* zero_sums;               // a row of zeros, for operands that are absent
   scalar* zeros;                // the same memory
   // Each member's own:
   int64_t* step_row;         // of delta, when sequences differ in length
@@ -184,7 +184,7 @@ struct BackwardSpace : BackwardPlan<CellType, scalar> {
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {
       const bool own = first_part <= part && part < last_part;
-      // Of another group the last member, which has units of its own however few there are.
+      // In another group the last member: it has units however few there are.
       const int member =
           own ? team.rank : (part / (last_part - first_part) + 1) * plan.group.size - 1;
       if (tokens) sums[part].seen = seen + (member * parts + part) * args.I;

@@ -9,7 +9,7 @@
 namespace charrnn_fast {
 namespace {
 
-// The rows of a part, on their way into its sums.
+// The rows of a part: which have been summed, and how many are ready to be.
 struct RowsOfPart {
   RowsOfPart(const Sequences& seq, int part, int parts, bool down)
       : slots{first_slot_of_part(seq, part, parts), first_slot_of_part(seq, part + 1, parts)},
@@ -17,12 +17,12 @@ struct RowsOfPart {
 
   Range slots;
   RowWalk walk;
-  int64_t summable = 0;  // whose delta is known, and which are not yet summed
-  bool first = true;     // none was
+  int64_t summable = 0;  // rows whose delta is known, and which are not yet summed
+  bool first = true;     // no row has been summed
 };
 
-// out[j] += sum of rows[k][j], for j in a range; at first out holds nothing. A few rows are summed,
-// then their sums, which rounds less.
+// out[j] += sum of rows[k][j], for j in a range; with `first` out is uninitialised. Blocked: a few
+// rows are summed, then their sums, which rounds less.
 template <typename scalar, typename Out>
 void add_rows(const scalar* const* rows, int64_t K, Range columns, Out* out, bool first) {
   using Sum = SumOf<scalar>;

@@ -1,8 +1,8 @@
-// bfloat16, as format-inl.h has the other types, for an ISA with dot products of pairs of them.
+// The format of bfloat16 (see format-inl.h), for an ISA with dot products of pairs of them.
 //
 // Memory holds bfloat16, and every sum is a float, of two products at a time. Rounded to bfloat16,
-// to nearest even, are the states (as y holds them and W_hh multiplies them), the deltas, and at
-// their end the gradients. Denormals count as zeros, in products and in what is stored.
+// to nearest even, are the states (as y holds them and W_hh multiplies them), the deltas, and the
+// final gradients. Denormals are flushed to zero, in products and in stores.
 #pragma once
 
 #include <immintrin.h>
@@ -103,7 +103,7 @@ inline void pack_transposed_rows(const bfloat16* source, int64_t ld, int64_t K, 
   constexpr int64_t kLine = 16;  // pairs in a cache line of a row of W, used up before it is left
   const int64_t pairs = packed_rows<bfloat16>(K), whole = K / 2;
   const int64_t filled = (n + 15) / 16 * 16;
-  int64_t done = 0, packed = 0;  // of so many columns, so many pairs
+  int64_t done = 0, packed = 0;  // `done` columns are packed for `packed` pairs
   if (ld % 2 == 0) {             // a pair is moved as a float is: its bits stay what they are
     packed = whole / kLine * kLine;
     for (; done + 16 <= n; done += 16) {

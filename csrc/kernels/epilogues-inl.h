@@ -1,4 +1,4 @@
-// What becomes of the product of a tile: the epilogue of each of its rows, in registers.
+// The epilogues of a tile, a row at a time, in registers.
 //
 // An epilogue says where the accumulators begin (init), what of its operands to prefetch while the
 // product is summed, and what to store. `total` holds the P vectors of one row of the tile.
@@ -10,8 +10,8 @@
 namespace charrnn_fast {
 namespace {
 
-// out = init + a b. With `sums`, rows of init and out hold so many sums of every unit, vector by
-// vector, and whole vectors only: a panel of all gates fills the first of them.
+// out = init + a b. With `sums`, rows of init and out hold that many sums of every unit, vector by
+// vector, in whole vectors: a panel of all gates fills the first of them.
 template <int sums = 0>
 struct Store {
   static constexpr bool kRecurrence = false;
@@ -21,7 +21,7 @@ struct Store {
   // Where column c of the panels lies: in init at kInitScale * c + kInitShift vectors.
   static constexpr int kInitScale = sums > 0 ? sums : 1, kInitShift = 0;
   static constexpr int kOutScale = kInitScale;
-  // Whether there are tiles of so many vectors.
+  // Whether there are tiles of P vectors.
   template <int P>
   static constexpr bool takes() {
     return sums == 1 ? P <= kTileVectors : sums > 1 ? P > 2 : true;

@@ -1,6 +1,6 @@
 // The numbers of a type in memory as the kernels see them: vectors of sums, and terms of products.
 //
-// Here is what every type does that is its own sum; bfloat16-inl.h has the other.
+// This file serves the types that are summed in themselves; bfloat16-inl.h has the exception.
 #pragma once
 
 #include "vec-inl.h"
@@ -12,7 +12,7 @@ namespace {
 template <typename scalar>
 struct Format {
   typedef scalar Sum;     // what products are summed in
-  typedef scalar Packed;  // so many terms of one column of packed weights, side by side
+  typedef scalar Packed;  // kTerms terms of one column of packed weights, side by side
   static constexpr int kTerms = 1;
 };
 template <typename scalar>
@@ -21,7 +21,7 @@ template <typename scalar>
 using PackedOf = typename Format<scalar>::Packed;
 template <typename scalar>
 constexpr int kTerms = Format<scalar>::kTerms;
-// Rows of packed weights that hold so many terms.
+// Rows of packed weights that hold `terms` terms.
 template <typename scalar>
 constexpr int64_t packed_rows(int64_t terms) {
   return (terms + kTerms<scalar> - 1) / kTerms<scalar>;
@@ -53,7 +53,7 @@ ALWAYS_INLINE scalar rounded(double value) {
   return static_cast<scalar>(value);
 }
 
-// The terms of a row, so many, that a row of packed weights is multiplied with.
+// The terms of a row that one row of packed weights is multiplied with, in every lane.
 template <typename scalar>
 ALWAYS_INLINE Vec<PackedOf<scalar>> broadcast_terms(const scalar* row, int64_t packed_row, int) {
   return broadcast(row[packed_row]);

@@ -29,7 +29,7 @@ bool all_finite(const scalar* p, int64_t n) {
   return true;
 }
 
-// Few ids are looked up in W_ih itself, where those of a column lie far apart.
+// Few ids are looked up in W_ih itself, whose columns are strided; many in a transposed table.
 template <typename scalar>
 bool gathers_ids(const ForwardArgs<scalar>& args) {
   return args.ids != nullptr && 8 * args.seq.N < args.I;
@@ -49,8 +49,8 @@ struct ForwardSpace {
   PackedOf<scalar>* recurrent;  // W_hh' in panels
   Sum* bias;                    // [width]: b_ih, b_hh, or their sum
   scalar* zeros;                // [H], for sequences that start from zeros among others
-  // Each member's own: what its next steps make of x. It does not wait in y, where each element
-  // would be written twice: another core that fetches ahead may take the line away in between.
+  // Each member's own: the projections of its next steps. Kept in y, each element would be written
+  // twice, and another core's prefetcher may take the cache line away in between.
   Sum* projected;  // [chunk_rows][width]
   Sum* c;          // [kBlockSlots][padded H]: of a block's slots
   size_t bytes;
@@ -232,7 +232,7 @@ class ProjectionAhead {
   }
   // The sums of row i of the next step.
   const SumOf<scalar>* row(int64_t i) const { return next_ + i * space_.width; }
-  // Passes over n steps, of so many scalars each.
+  // Passes over n steps, `distance` scalars apart.
   void use(int64_t n, int64_t distance) {
     steps -= n;
     next_ += n * distance;

@@ -1,8 +1,8 @@
 // Forward of sequences of one step. They use each weight once a row: too seldom for packing it. The
 // terms of a sum lie in the lanes of a vector instead, as the rows of W do in memory.
 //
-// Bits: a sequence of one step is computed here, whatever sequences stand beside it and whoever
-// computes it. The sums of longer ones run in another order.
+// Determinism: a sequence of one step is always computed here, whatever the rest of the batch and
+// the number of threads. The sums of longer sequences run in another order.
 #pragma once
 
 #include "cells-inl.h"
@@ -49,7 +49,7 @@ ALWAYS_INLINE Few<double> sums_of_lanes(const Vec<double>* v) {
   return Few<double>{a[0], b[0]} + Few<double>{a[1], b[1]};
 }
 
-// Rows and columns of a tile: its sums fill as many registers as those of tile-inl.h.
+// Rows and columns of a tile, which fills as many registers with sums as a tile of tile-inl.h.
 constexpr int kOneStepRows = kTileVectors;
 constexpr int kOneStepColumns = kTileRows;
 
@@ -93,8 +93,8 @@ struct OneStep {
   int64_t column = 0;                   // of sums
 };
 
-// The sums of R rows, from first_row on, and C columns. What they begin with is added at the end: a
-// chain that began with it would round every term to its size.
+// The sums of R rows, from first_row on, and C columns. Their initial values are added at the end:
+// a chain that began with a large one would round every term to its precision.
 template <int R, int C, typename scalar>
 __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_t first_row) {
   using Sum = SumOf<scalar>;
@@ -153,7 +153,7 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
   }
 }
 
-// Those of all rows.
+// The sums of all rows, C columns.
 template <int C, typename scalar>
 void one_step_columns(const OneStep<scalar>& args, int64_t rows) {
   constexpr int R = kOneStepRows;
@@ -222,7 +222,7 @@ void one_step_sums(const ForwardArgs<scalar>& args, OneStep<scalar> step, int su
 }
 
 // Slots [slots.first, slots.last), of one step each, all from a state or all from zeros. Members
-// divide the units, however the call is split: nobody waits.
+// divide the units, however the call is split: there is no barrier.
 template <typename CellType, typename scalar>
 void forward_one_step(const ForwardArgs<scalar>& args, Range slots, bool from_state,
                       const Team& team) {

@@ -1,7 +1,7 @@
 // Sums of outer products, which the gradients of weights are: out += a' b for some rows of a and b.
 //
-// Bits: each element is one chain of multiply-adds over the rows, whoever computes it beside
-// whichever others.
+// Determinism: each element is one chain of multiply-adds over the rows, whatever tile or thread
+// computes it.
 #pragma once
 
 #include "format-inl.h"

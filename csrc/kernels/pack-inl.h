@@ -50,7 +50,7 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
       64 / sizeof(scalar);  // a cache line of a row of W is used up before it is left
   const int64_t filled = (n + kLanes<scalar> - 1) / kLanes<scalar> * kLanes<scalar>;
   const int64_t whole = n / kBlock * kBlock;
-  int64_t done = 0, packed = 0;  // of so many columns, so much along k
+  int64_t done = 0, packed = 0;  // `done` columns are packed for k < `packed`
 #ifdef CHARRNN_FAST_TRANSPOSE
   if constexpr (sizeof(scalar) == 4) {
     constexpr int64_t L = kLanes<scalar>;

@@ -37,7 +37,7 @@ inline int64_t length_of(const Sequences& seq, int64_t slot) {
   return seq.lengths != nullptr ? seq.lengths[slot] : seq.T;
 }
 
-// The slots of more than one step come first: so many.
+// How many slots have more than one step; they come first.
 inline int64_t slots_longer_than_one(const Sequences& seq) {
   int64_t n = seq.T > 1 ? seq.B : 0;
   while (seq.lengths != nullptr && n > 0 && seq.lengths[n - 1] == 1) --n;
@@ -169,9 +169,9 @@ class RowWalk {
   bool down_;
 };
 
-// The i-th slot of some in the order in which their rows are written at every step: from both ends
-// inwards. What a core fetches ahead along the rows then lies between them. Beyond them lie those
-// of another thread, which would lose cache lines that it is about to write.
+// The i-th slot of a range in the order in which its rows are written at every step: from both ends
+// inwards. A core's prefetcher then runs into rows of the same thread; beyond the ends lie rows of
+// another thread, which would lose cache lines that it is about to write (false sharing).
 inline int64_t inwards(const Sequences& seq, Range slots, int64_t i) {
   if (seq.lengths != nullptr) return slots.first + i;  // those that run come first
   return i % 2 == 0 ? slots.first + i / 2 : slots.last - 1 - i / 2;
@@ -194,15 +194,15 @@ inline Range share(Range range, const Team& team) {
 }
 inline Range share(int64_t n, const Team& team) { return share(Range{0, n}, team); }
 
-// The part of a team that a member is in, when it is divided into so many. Barriers are the whole
-// team's: every part must meet as often.
+// The part of a team that a member is in, when it is divided into `parts`. A barrier is the whole
+// team's: every part must meet equally often.
 inline Team subteam(const Team& team, int parts) {
   const int size = team.size / parts;
   return {team.rank % size, size, team.barrier, team.state};
 }
 
-// Weights up to which each member of a team that divides the batch packs all of them itself: that
-// takes less time than to fetch from another core what it has packed.
+// The most weights that each member of a team that divides the batch packs for itself: up to here
+// packing takes less time than fetching the packed weights from another core's cache.
 constexpr int64_t kPackedByAll = 1 << 15;
 
 // Where the slots of a part of gradient_parts begin: all parts have about as many rows.
@@ -218,8 +218,8 @@ inline void wait_for(const Team& team) {
   if (team.size > 1) team.barrier(team.state);
 }
 
-// Waits, then asks for all cache lines of some rows at once: others have written parts of them, and
-// a product would wait for one line after the other.
+// Waits at the barrier, then prefetches all cache lines of some rows: other threads have written
+// parts of them, and a product would miss the cache line by line.
 template <typename scalar>
 void wait_for_rows(const Team& team, scalar* const* rows, int64_t count, int64_t columns) {
   wait_for(team);

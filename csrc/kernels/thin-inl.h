@@ -1,6 +1,6 @@
 // Products of few rows with weights that nothing else needs packed: a b, with b read where it lies.
 //
-// Bits: the chains over k are those of a tile of packed weights (tile-inl.h).
+// Determinism: the chains over k are those of a tile of packed weights (tile-inl.h).
 #pragma once
 
 #include "format-inl.h"
@@ -10,7 +10,7 @@
 namespace charrnn_fast {
 namespace {
 
-// Up to so many rows, packing b would take longer than to read it once for every four of them.
+// The most rows for which packing b takes longer than reading it once for every four rows.
 template <typename scalar>
 constexpr int64_t kThinRows = 16 / kTerms<scalar>;
 

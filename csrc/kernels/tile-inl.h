@@ -1,9 +1,9 @@
 // The register tile of products with packed weights. What else is multiplied: sequences of one step
 // (one-step-inl.h), and rows for the gradients of weights (outer-inl.h).
 //
-// Bits: each element of a product is one chain of multiply-adds over k (or several of them, by the
-// width of the whole product), whatever rows stand beside it and whoever computes it. So results do
-// not depend on the batch around a sequence, on tile heights, or on the number of threads.
+// Determinism: each element of a product is one chain of multiply-adds over k, or several, which
+// the width of the whole product decides. So results do not depend on the rest of the batch, on
+// tile heights, or on the number of threads.
 #pragma once
 
 #include "epilogues-inl.h"
@@ -75,14 +75,14 @@ constexpr int chains_of_lone_panel(int width) {
 template <typename scalar>
 constexpr int64_t kChainTerms = kTerms<scalar> == 1 ? 128 : std::numeric_limits<int64_t>::max();
 
-// Rows of the tallest tile that sums several such blocks itself. Beside the sums of a taller one
-// there are no registers for totals: those wait in memory, and each block is a call.
+// Rows of the tallest tile that sums several such blocks itself. A taller one has no registers left
+// for totals: its totals wait in memory, and each block is a call.
 constexpr int rows_of_several_blocks(int width) {
   const int rows = kAccumulators / (2 * width);
   return rows < 1 ? 1 : rows > 3 ? 3 : rows;
 }
 
-// Rows of the tallest tile of so many vectors.
+// Rows of the tallest tile of `width` vectors.
 constexpr int tallest_tile(int width) {
   const int rows = kAccumulators / width;
   return rows < kTileRows ? rows : kTileRows;
@@ -168,11 +168,12 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
       for (int i = 0; i < R * P; ++i) {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[c][i] = Vec<Sum>{};
-        // Here the loads are at hand, and the end is what the next step waits for.
+        // Here the loads overlap with the products; at the end the next step would wait for them.
         if constexpr (lone && End::kInitFirst) sum[0][i] = init(i / P, i % P);
       }
       const auto multiply = [&](int c, int64_t k, int n) __attribute__((always_inline)) {
-        if constexpr (kAccumulators <= 12 && R < P) {  // few registers: those of the fewer operands
+        if constexpr (kAccumulators <= 12 &&
+                      R < P) {  // few registers: hold the operand that has fewer
           Vec<PackedOf<scalar>> a[R];
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) a[r] = broadcast_terms(row[r], k, n);
@@ -256,7 +257,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
     if constexpr (R * P <= 4 || !End::kRecurrence) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
-    } else {  // a loop, lest the code outgrow the instruction cache
+    } else {  // a loop: unrolled, the code outgrows the instruction cache
 #pragma GCC unroll 1
       for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
     }
@@ -299,7 +300,7 @@ int64_t rows_of_running_tile(const Panels<Sum>& panels) {
   return panels.count == 1 ? rows_of_running_tile(panels.width(0)) : 0;
 }
 
-// The product of any number of rows with the panel, of so many vectors, that args name.
+// The product of any number of rows with the panel that args name, `width` vectors wide.
 template <typename Args>
 ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], const Args& args, int64_t rows,
                              int width) {
