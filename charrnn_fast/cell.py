@@ -242,7 +242,7 @@ def has_pair(cell: Cell) -> bool:
 
 
 def mode_of(cell: Cell) -> str:
-    """The op's name of it; that of an unknown nonlinearity is unknown, too."""
+    """The op's ``mode`` of the cell; "" for an unknown nonlinearity."""
     if isinstance(cell, nn.RNNCell):
         return ops.MODES.get(cell.nonlinearity, "")
     return "LSTM" if has_pair(cell) else "GRU"

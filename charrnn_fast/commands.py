@@ -1,4 +1,4 @@
-"""What the commands of ``charrnn-fast`` do, by name; cli.py reads their arguments."""
+"""The commands of ``charrnn-fast``, by name; cli.py parses their arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .charlm.errors import UsageError
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the flags and the file of --config say; flags win."""
+    """The options that flags and the file of --config set; flags win."""
     from .charlm.options import option_names, read_config
 
     in_file = read_config(arguments.config) if arguments.config else {}
@@ -92,7 +92,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def as_utf8(argument: str) -> str:
-    """What was typed, where Python has taken its bytes for those of an ASCII locale."""
+    """An argument as it was typed, where Python decoded its UTF-8 bytes in an ASCII locale."""
     return os.fsencode(argument).decode("utf-8", "surrogateescape")
 
 

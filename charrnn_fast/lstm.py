@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
-from charrnn_fast.recurrent import Recurrent, describe
+from charrnn_fast.recurrent import Recurrent, batched_state, describe
 
 
 class LSTM(Recurrent, nn.LSTM):
@@ -162,16 +162,11 @@ class LSTM(Recurrent, nn.LSTM):
         if one:
             input = input.unsqueeze(dim)
         B = input.size(dim) if batch_sizes is None else int(batch_sizes[0])
-        if hx is None or cx is None:
+        h, c = batched_state(hx, one, sorted_indices), batched_state(cx, one, sorted_indices)
+        if h is None or c is None:
             rows = self.num_layers * (2 if self.bidirectional else 1)
             h = torch.zeros(rows, B, self.proj_size, dtype=input.dtype, device=input.device)
             c = torch.zeros(rows, B, self.hidden_size, dtype=input.dtype, device=input.device)
-        elif one:
-            h, c = hx.unsqueeze(1), cx.unsqueeze(1)
-        elif sorted_indices is not None:
-            h, c = hx.index_select(1, sorted_indices), cx.index_select(1, sorted_indices)
-        else:
-            h, c = hx, cx
         if batch_sizes is None:
             y, h_n, c_n = torch.lstm(
                 input,

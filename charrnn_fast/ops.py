@@ -27,7 +27,8 @@ MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}  # of
 # Rows of a weight, in units of hidden_size, by mode.
 GATES = {**dict.fromkeys(MODES.values(), 1), "LSTM": 4, "GRU": 3}
 
-# The short ways in; None when the call needs the long way. See csrc/short_way.cpp.
+# Fast paths from a module to the ops; None where a call needs the slow path in Python. See
+# csrc/short_way.cpp.
 fast_forward = _C.forward
 fast_call = _C.call
 fast_cell = _C.cell
@@ -47,7 +48,7 @@ def serves_device(device: str, mode: str) -> bool:
 
 
 def _is_exporting_to_onnx() -> bool:
-    # Dynamo, by which the exporter tries again what failed, knows the first of these only.
+    # Where the exporter falls back to Dynamo, only the first of these can be traced.
     return torch.compiler.is_exporting() and (
         torch.onnx.is_in_onnx_export() or getattr(_onnx_flags, "_is_onnx_exporting", False)
     )
@@ -210,7 +211,7 @@ def why_composite(
     resets: Tensor | None,
     mode: str,
 ) -> str | None:
-    """Why such a call takes the composite path, or None when the kernels serve it.
+    """Why a call with these arguments takes the composite path, or None when the kernels serve it.
 
     This asks the rule by which the ops themselves decide.
     """

@@ -1,10 +1,10 @@
-"""What ``RNN``, ``LSTM`` and ``GRU`` do alike. A call takes one of three ways:
+"""What ``RNN``, ``LSTM`` and ``GRU`` share. A call takes one of three paths:
 
-- the short way, csrc/short_way.cpp: plain calls, which are most of them;
-- ``stock``: torch.nn's own forward, for what it alone serves or refuses, in its own words;
+- the fast path, csrc/short_way.cpp: plain calls, which are most of them;
+- torch.nn's own forward, for what it alone serves, or refuses with its own message;
 - ``prepare``, then ``run``: everything else.
 
-The cells of cell.py share the first of these with them.
+The cells of cell.py share the first one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from charrnn_fast.tracing import fx_call, is_dense, is_foreign
 
 _is_compiling = torch.compiler.is_compiling
 
-# What the forward of torch.nn's classes asks of itself, which a subclass or an instance may have
-# overridden. The short way asks nothing, and so is not taken then.
+# Methods that the forward of torch.nn's classes calls, and that a subclass or an instance may have
+# overridden. The fast path calls none of them, and so is not taken then.
 HOOKS = (
     "_update_flat_weights",
     "check_forward_args",
@@ -36,9 +36,9 @@ State = Tensor | tuple[Tensor, Tensor]
 
 
 class Fused(nn.Module):
-    """Stands before a class of torch.nn, and calls it by the short way where nobody can tell."""
+    """Mixed in before a class of torch.nn: takes the fast path where no hook or trace can tell."""
 
-    accepts_tokens = True  # what charlm asks, instead of asking for the class
+    accepts_tokens = True  # by which charlm tells these modules from torch.nn's
     _stock: ClassVar[type[nn.Module]]  # torch.nn's class
     _kind: ClassVar[int]  # the number of the class's description in csrc/short_way.cpp
     _hooked = False  # whether a subclass overrides one of HOOKS, or __call__
@@ -62,7 +62,7 @@ class Fused(nn.Module):
 
 
 def describe(ours: type[Fused], mode: str = "", *, pair: bool = False) -> None:
-    """Takes a class into the table of the short way.
+    """Registers a class with the fast path.
 
     Args:
         ours: one of our classes, below torch.nn's and Fused.
@@ -118,16 +118,7 @@ class Recurrent(Fused, nn.RNNBase):
         padded = batch_sizes is None
         one = padded and input.dim() == (1 if input.dtype == torch.int64 else 2)
         swap = padded and self.batch_first and not one
-        if hx is not None:
-            if one:
-                hx = hx.unsqueeze(1)
-            elif sorted_indices is not None:
-                hx = hx.index_select(1, sorted_indices)
-        if cx is not None:
-            if one:
-                cx = cx.unsqueeze(1)
-            elif sorted_indices is not None:
-                cx = cx.index_select(1, sorted_indices)
+        hx, cx = batched_state(hx, one, sorted_indices), batched_state(cx, one, sorted_indices)
         if lengths is not None:
             if one and lengths.dim() == 0:
                 lengths = lengths.unsqueeze(0)
@@ -165,14 +156,24 @@ class Recurrent(Fused, nn.RNNBase):
     def _current_weights(self) -> list[Tensor]:
         """The weights as torch.nn finds them: parametrized, pruned, swapped or plain."""
         if _is_compiling():
-            # By name: tracing would have to guard a list of its own.
+            # By name: Dynamo would guard each element of the flat list.
             return [getattr(self, name) for name in self._flat_weights_names]
         self._update_flat_weights()
         return self._flat_weights  # type: ignore[return-value]
 
 
+def batched_state(state: Tensor | None, one: bool, order: Tensor | None) -> Tensor | None:
+    """A state as the op takes it: with a batch, in the order of the packed sequences."""
+    if state is not None:
+        if one:
+            return state.unsqueeze(1)
+        if order is not None:
+            return state.index_select(1, order)
+    return state
+
+
 class Call(NamedTuple):
-    """The arguments of the op, and what its results need to become the module's."""
+    """The arguments of the op, and what turns its results into the module's."""
 
     data: Tensor  # (T, B, I), or ids (T, B); or the rows of packed data
     h0: Tensor | None  # (layers * directions, B, H)
@@ -196,7 +197,7 @@ def data_of(input: Any) -> Any:
 
 
 def are_tokens(input: Tensor | PackedSequence) -> bool:
-    """Whether the input holds ids. Integers of more dimensions are none: torch.nn complains."""
+    """Whether the input holds ids. torch.nn refuses integers of more dimensions."""
     data = data_of(input)
     dim = 2 if isinstance(input, PackedSequence) else 3
     return bool(data.dim() < dim and data.dtype == torch.int64)
@@ -466,7 +467,7 @@ def _own_tensor(argument: str, value: Any) -> Tensor:
 
 
 def as_lengths(lengths: Any, batched: bool) -> Tensor:
-    """Any integers as the op takes them; what is none is the op's to refuse."""
+    """Integers of any dtype as the op takes them; the op refuses other types."""
     result = _own_tensor("lengths", lengths)
     other = (torch.int64, torch.bool)
     if result.dtype not in other and not result.is_floating_point() and not result.is_complex():
@@ -549,7 +550,7 @@ def _check(
     if not tokens and is_hooked(module):
         if pair and batch_sizes is not None:
             return  # which nn.LSTM does not check
-        if state is None:  # what torch.nn gives to it
+        if state is None:  # torch.nn checks its default
             batch = 0 if module.batch_first else 1
             B = data.shape[batch] if batch_sizes is None else int(batch_sizes[0])
             layers = module.num_layers * (2 if module.bidirectional else 1)

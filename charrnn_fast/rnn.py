@@ -54,7 +54,7 @@ class RNN(Recurrent, nn.RNN):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
         if nonlinearity == "sigmoid":
-            # nn.RNN's constructor knows two; the mode is all that differs.
+            # nn.RNN's constructor accepts two; sigmoid differs in the mode alone.
             if len(args) > 3:
                 args = (*args[:3], "tanh", *args[4:])
             else:

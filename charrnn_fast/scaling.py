@@ -88,7 +88,7 @@ def _milliseconds(
 
 
 def machine() -> str:
-    """What a reader of the table must know of the machine."""
+    """CPU, threads and cache, for the head of the table."""
     threads, _, l2 = _C.machine()
     model = platform.machine()
     info = Path("/proc/cpuinfo")

@@ -29,7 +29,7 @@ def _overrides(tensor: Tensor) -> bool:
     """Whether its class has a __torch_function__. Unlike has_torch_function, whatever the modes:
     ``torch.set_default_device`` is one, and changes nothing here."""
     kind = type(tensor)
-    if kind is Tensor or not issubclass(kind, Tensor):  # nn.RNN's checks complain of the latter
+    if kind is Tensor or not issubclass(kind, Tensor):  # nn.RNN's checks refuse the latter
         return False
     return kind.__torch_function__ is not _disabled_torch_function_impl
 

@@ -1,6 +1,7 @@
-// The short way from a module's call into the ops: plain calls, which are most of them, without
-// what Python and nn.Module.__call__ take for every one. Anything unusual is left to the long way,
-// in charrnn_fast/recurrent.py and cell.py, whose checks and errors are torch.nn's own.
+// The short way, a fast path from a module's call into the ops: plain calls, which are most of
+// them, without what Python and nn.Module.__call__ take for every one. Anything unusual is left to
+// the long way, in charrnn_fast/recurrent.py and cell.py, whose checks and errors are torch.nn's
+// own.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -180,7 +180,7 @@ def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def check_weights(config: ModelConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises UsageError, in one line, for weights that are not those of ``config``."""
+    """Raises UsageError, in one line, for weights that do not fit ``config``."""
     names = set()
     for name, shape in weight_shapes(config):
         tensor = tensors.get(name)
@@ -312,7 +312,7 @@ def from_pretrained(
 
 
 class Weights(NamedTuple):
-    """What a folder holds of a model, checked, before there is one."""
+    """The contents of a folder, checked, before a model is made of them."""
 
     config: ModelConfig
     vocabulary: Vocabulary

@@ -291,7 +291,7 @@ class LineBatches:
 def prepare(
     options: TrainOptions, vocabulary: Vocabulary, ids: Ids
 ) -> tuple[Batches, Ids | LineBatches | None]:
-    """Batches to train on, and what is held out; None where that is too short to predict."""
+    """Batches to train on, and the held-out part; None where that is too short to predict."""
     train, held_out = split(ids, options.val_fraction)
     if not options.lines:
         batches = StreamBatches(train, options.batch_size, options.seq_length)
@@ -312,9 +312,9 @@ def line_break(vocabulary: Vocabulary) -> int:
 
 
 def held_out_part(saved: dict[str, Any], vocabulary: Vocabulary) -> Ids | LineBatches:
-    """What a run held out of its text, by the options in its config.json.
+    """The held-out part of a run's text, by the options in its config.json.
 
-    UsageError where that is not to be had: the text has moved or changed, or nothing was held out.
+    UsageError where the text has moved or changed, or nothing was held out.
     """
     if not saved:
         raise UsageError("this folder holds a model without its training: name a text")

@@ -30,7 +30,7 @@ def started_options(given: dict[str, Any]) -> TrainOptions:
 
 
 def known_vocabulary(options: TrainOptions, config: ModelConfig, known: Vocabulary) -> Vocabulary:
-    """What a run that begins with the weights of ``init_from`` knows already.
+    """The vocabulary of a run that begins with the weights of ``init_from``.
 
     UsageError where its options are not those of such a model.
     """
@@ -72,7 +72,7 @@ def adapt(
 
 
 def what_became(vocabulary: Vocabulary, known: Vocabulary, seen: Vocabulary) -> str:
-    """One line: what a vocabulary has of ``known``, and of the text's own characters ``seen``."""
+    """One line: how a vocabulary extends ``known``, where the text has the characters ``seen``."""
     new = [c for c in vocabulary.characters if c not in set(known.characters)]
     unseen = len(set(known.characters) - set(seen.characters))
     line = f"{len(known)} characters are known, "

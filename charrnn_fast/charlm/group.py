@@ -48,7 +48,7 @@ def torchrun_variable(name: str, most: int = checks.MOST) -> int:
 
 
 class Group:
-    """This process's ``rank`` among ``size`` ones, and what they do together.
+    """This process's ``rank`` among ``size`` processes, and their collective operations.
 
     Without torchrun the size is 1, and everything here leaves its argument as it is.
     """

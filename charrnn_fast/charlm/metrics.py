@@ -1,4 +1,4 @@
-"""What a run measures: rows of metrics.jsonl, and TensorBoard events where they are wanted."""
+"""Measurements of a run: rows of metrics.jsonl, and TensorBoard events where asked for."""
 
 from __future__ import annotations
 

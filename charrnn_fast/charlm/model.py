@@ -60,7 +60,7 @@ class ModelConfig:
     num_layers: int = 2
     nonlinearity: Nonlinearity = "tanh"
     dropout: float = 0.0
-    cell: Cell = "rnn"  # so that what was saved before there was another one is read as ever
+    cell: Cell = "rnn"  # the default: checkpoints of format 1 do not name it
     embedding_size: int = 0
     input_dropout: float = 0.0
     output_dropout: float | None = None

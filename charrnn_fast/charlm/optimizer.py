@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 LINE = 16  # numbers of a cache line, where each weight begins
-ROWS = 64  # the norm of a long vector is that of so many rows, each summed by one thread
+ROWS = 64  # a long vector is summed in so many rows, each by one thread: a deterministic norm
 ALONE = 2**14  # numbers that PyTorch never divides among threads
 
 

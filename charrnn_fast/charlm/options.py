@@ -1,4 +1,4 @@
-"""What a training depends on: its options, and the learning rate that follows from them."""
+"""The options of a training, and the learning rate that follows from them."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field with less to write)
 from __future__ import annotations
@@ -155,13 +155,13 @@ def option_names() -> dict[str, Any]:
 
 @cache
 def choices_of(name: str) -> tuple[str, ...]:
-    """What an option of few words can be; nothing for any other one."""
+    """The values that an option of a Literal type can have; of another type none."""
     hint = get_type_hints(TrainOptions)[name]
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of an option as a plain one; UsageError, which names the option."""
+    """The value of an option as a plain Python one; a UsageError names the option."""
     field, flag = option_names()[name], "--" + name.replace("_", "-")
     about, kind = field.metadata, field.metadata["kind"]
     if value is None and field.default is None:
@@ -178,7 +178,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def unused(options: TrainOptions) -> list[str]:
-    """What is set, and has no effect beside the rest: a line each."""
+    """Options that are set and have no effect beside the rest: a line each."""
     default, notes = TrainOptions(), []
     if options.lines and options.seq_length != default.seq_length:
         notes.append("--lines reads whole lines: --seq-length has no effect")
@@ -186,12 +186,12 @@ def unused(options: TrainOptions) -> list[str]:
 
 
 def check_seed(seed: Any) -> int:
-    """UsageError for what the random generators refuse."""
+    """The seed as an int; UsageError for one that the random generators refuse."""
     return checks.whole("the seed", seed)
 
 
 def use_threads(count: int) -> None:
-    """Computes with so many threads from now on; 0: with as many as before."""
+    """Sets the number of threads; 0 leaves it."""
     if checks.whole("--threads", count, 0, MAX_THREADS):
         torch.set_num_threads(count)
 
@@ -229,7 +229,7 @@ def resumed_options(folder: str | os.PathLike[str], changes: dict[str, Any]) -> 
 
 def saved_options(saved: dict[str, Any]) -> TrainOptions:
     """The options that a run's config.json holds; UsageError for values of the wrong kind."""
-    saved = {"cell": "rnn", **saved}  # what there was before there was a choice
+    saved = {"cell": "rnn", **saved}  # runs from before there was a choice
     try:
         return TrainOptions(**{name: saved[name] for name in option_names() if name in saved})
     except UsageError as error:

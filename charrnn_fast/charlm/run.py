@@ -1,4 +1,4 @@
-"""The folder of a run: what it may be used for, and who writes into it."""
+"""The folder of a run: whether it may be written, and its lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: counters, and the tensors beside them."""
+"""All that a run needs to resume bit for bit: counters and tensors."""
 
 from __future__ import annotations
 

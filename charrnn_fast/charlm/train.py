@@ -145,7 +145,7 @@ class Trainer:
             self._restore()
 
     def _known(self, resume: bool) -> tuple[Vocabulary | None, dict[str, Tensor] | None]:
-        """The vocabulary that a run begins with, and the weights, where it does not start anew."""
+        """The vocabulary and weights that a run begins with, unless it starts from scratch."""
         options = self.options
         if resume and (self.folder / checkpoint.LAST).exists():
             return checkpoint.read_settings(self.folder)[1], None
@@ -204,7 +204,7 @@ class Trainer:
             return self._run()
 
     def _begun(self) -> AbstractContextManager[None]:
-        """The lock on the run's folder, where its settings are written by now."""
+        """The lock on the run's folder, which holds its settings from here on."""
         settings = {**asdict(self.options), "text_sha256": self.text_hash}
         return self.home.begun(self.config, self.vocabulary, settings, self.progress.step)
 
