@@ -122,6 +122,7 @@ def test_the_kernels_library_exports_what_its_header_declares() -> None:
 
 
 SUFFIX = EXTENSION_SUFFIXES[0]
+KERNELS = ROOT / "csrc" / "kernels"
 
 
 def folder_of(path: Path, *names: str) -> Path:
@@ -424,6 +425,36 @@ def test_the_table_of_tanh_is_what_its_tool_computes():
     tool = ROOT / "tools" / "tanh_table.py"
     made = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
     assert made.stdout == (ROOT / "csrc" / "kernels" / "tanh-table-inl.h").read_text()
+
+
+def test_a_header_that_lacks_an_include_fails_lint(tmp_path: Path) -> None:
+    """Without clang++ nothing is parsed: that is said, and no failure."""
+    if not (ROOT / "csrc").exists():
+        pytest.skip("runs apart from the sources")
+    for name in ("setup.py", "tools/parse_headers.py", *map(str, KERNELS.glob("*.h"))):
+        target = tmp_path / Path(name).relative_to(ROOT) if Path(name).is_absolute() else name
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / target)
+
+    def parse(path: str) -> tuple[int, str]:
+        command = [sys.executable, str(tmp_path / "tools" / "parse_headers.py")]
+        done = subprocess.run(
+            command, env={"PATH": path}, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout
+
+    code, said = parse(str(tmp_path))
+    assert code == 0
+    assert "clang++ was not found" in said
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("needs clang++")
+    header = tmp_path / "csrc" / "kernels" / "pack-inl.h"
+    header.write_text(header.read_text().replace('#include "tile-inl.h"\n', ""))
+    code, said = parse(f"{Path(clang).parent}:/usr/bin:/bin")
+    assert code == 1
+    # Those that include it fail with it, unless they include the tile before it.
+    assert re.search(r"[1-9]\d* failed", said)
 
 
 # Where the formulas are, and where a mode's name becomes a cell.
