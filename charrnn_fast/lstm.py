@@ -94,9 +94,9 @@ class LSTM(Recurrent, nn.LSTM):
                 for a one-hot vector; or a :class:`~torch.nn.utils.rnn.PackedSequence` of either.
             hx: initial states ``(h_0, c_0)``, each ``(num_layers * D, B, H)``, or
                 ``(num_layers * D, H)`` unbatched; zeros when None.
-            lengths: int64 ``(B)`` on the CPU: the steps of each sequence of a padded batch, in any
-                order. Results and gradients are those of the packed batch; output past the end of
-                a sequence is zero. None: all T.
+            lengths: ``(B)`` integers, a tensor on the CPU or a list: the steps of each sequence of
+                a padded batch, in any order. Results and gradients are those of the packed batch;
+                output past the end of a sequence is zero. None: all T.
             resets: bool, of the shape of token ids: where true, both states are zero before that
                 step, as between two episodes. Results and gradients are those of a sequence split
                 there.

@@ -79,7 +79,7 @@ class TrainOptions:
     cell: Cell = option(DEFAULT_CELL, "kind of the recurrent layers", "model")
     hidden_size: int = option(128, "hidden units of a layer", "rnn_size", "n_embd", least=1)
     num_layers: int = option(2, "recurrent layers", "n_layer", least=1)
-    nonlinearity: Nonlinearity = option("tanh", "activation of the cell rnn")
+    nonlinearity: Nonlinearity = option("tanh", "nonlinearity of the cell rnn")
     embedding_size: int = option(0, "size of learnt vectors for characters (0: one-hot)", "n_emb")
     dropout: float = option(0.0, "dropout after each layer", below=1.0)
     input_dropout: float = option(0.0, "dropout after the embedding", below=1.0)

@@ -452,7 +452,8 @@ def train(
         **changes: options by name: ``train(text="my.txt", out_dir="runs/a")``.
 
     Raises:
-        UsageError: an option is unknown or makes no sense, or there is a run in ``out_dir``.
+        UsageError: an option makes no sense, or there is a run in ``out_dir``.
+        TypeError: an option is unknown.
         TrainingDiverged: the loss became NaN, infinite, or ten times that of guessing.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
 
