@@ -273,6 +273,8 @@ void backward_all(const BackwardArgs<scalar>& args, const Team& team) {
                        args.db_hh != nullptr;
   const Range units = share(args.H, group);
   static_assert(BackwardSpace<CellType, scalar>::kMostParts == 2);
+  // Two walks over the same rows: dx is due at once, and the group divides its rows; the weights'
+  // sums wait for whole blocks of kOuterRows, and the group divides their units.
   RowsOfPart rows[] = {{seq, 0, space.parts, !args.reverse},
                        {seq, space.parts - 1, space.parts, !args.reverse}};
   RowWalk input_rows(seq, space.slots, !args.reverse);

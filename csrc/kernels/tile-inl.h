@@ -131,6 +131,9 @@ struct TileArgs {
 // The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
 // panel is the only one. Sums of more than kChainTerms are summed in blocks of so many, unless the
 // panel is lone or R > rows_of_several_blocks(P): then K is no more than one block.
+//
+// One function, as its registers are allocated as a whole: with the chains in a class of their own,
+// g++ 12 makes other code for nine of ten tiles. Compare `objdump -d` before and after a change.
 template <typename End, bool lone, int R, int P, int C, typename Args>
 __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
   using scalar = typename Args::Scalar;
