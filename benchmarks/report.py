@@ -1,15 +1,13 @@
-"""Turns a results file into the README's table and the plots beside it.
+"""Turns a results file into tables, which are printed, and plots, which go beside it.
 
-    python benchmarks/report.py benchmarks/results/<machine>.json [--readme README.md]
+    python benchmarks/report.py benchmarks/results/<machine>.json
 
-Plots go next to the results file. With --readme the text between the markers in that file is
-replaced; otherwise it is printed.
+figures.py puts them into the documents.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from results import GATES, Comparison, load
 
 ENGINES = ("JAX", "ONNX Runtime", "oneDNN")  # the peers beside torch's module
 COLOURS = {"torch": "C3", "JAX": "C0", "ONNX Runtime": "C2", "oneDNN": "C1", "op": "black"}
+CELL_COLOURS = {"RNN": "#4c78a8", "GRU": "#f58518", "LSTM": "#54a24b"}
 TOPICS = ("forward", "forward+backward")
 SEQUENCES = ("packed", "bidirectional")
 
@@ -56,28 +55,38 @@ def colour(side: str) -> str:
     return COLOURS["torch" if side.startswith("nn.") else side]
 
 
+NOT_MEASURED = "not measured"
+
+
 def summary(found: list[Comparison]) -> str:
-    """A line a cell: geometric means over the grid, and the worst shape."""
+    """A line a comparison, a column a cell: geometric means over the shapes, and the worst one."""
 
-    def figure(chosen, ours, theirs):
-        ratios = [c.speedup(ours, theirs(c)) for c in chosen]
+    def over_torch(side):
+        return lambda c: c.speedup(side, c.torch)
+
+    def over_best(c):
+        return c.speedup("op", c.best_peer())
+
+    rows = (
+        ("training step, against `torch.nn`", "forward+backward", over_torch("module")),
+        ("the same with packed sequences", "packed", over_torch("module")),
+        ("forward, against `torch.nn`", "forward", over_torch("module")),
+        ("one step of a cell, against `torch.nn`'s", "cell step",
+         lambda c: c.speedup(f"{c.cell}Cell", f"{c.torch}Cell")),
+        ("our operator, forward, against the best of all", "forward", over_best),
+        ("our operator, training step, against the best of all", "forward+backward", over_best),
+    )  # fmt: skip
+
+    def figure(chosen, ratio):
+        ratios = [ratio(c) for c in chosen if c.peers]
         if not ratios:
-            return ""
-        return f"{statistics.geometric_mean(ratios):.2f}x ({min(ratios):.2f}x)"
+            return NOT_MEASURED
+        return f"{statistics.geometric_mean(ratios):.1f}x ({min(ratios):.1f}x)"
 
-    lines = [
-        "| mean (worst) | op, forward | op, with gradients | module, forward | "
-        "module, with gradients | packed, with gradients |",
-        "|---|" + "---:|" * 5,
-    ]
-    for cell in cells_of(found):
-        figures = [
-            figure([c for c in of(found, cell, topic) if c.peers], side, theirs)
-            for side, theirs in (("op", Comparison.best_peer), ("module", lambda c: c.torch))
-            for topic in TOPICS
-        ]
-        figures.append(figure(of(found, cell, "packed"), "module", lambda c: c.torch))
-        lines.append(f"| {cell} | {' | '.join(figures)} |")
+    lines = [f"| times faster: mean (worst) | {' | '.join(GATES)} |", "|---|" + "---:|" * 3]
+    for name, topic, ratio in rows:
+        figures = [figure(of(found, cell, topic), ratio) for cell in GATES]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -104,7 +113,9 @@ def side_table(found: list[Comparison], chosen, what: str, unit) -> str:
         return ""
 
     def column(c, side):
-        return "torch's" if side == c.torch else side
+        return {c.torch: "torch's", f"{c.torch}Cell": "torch's", f"{c.cell}Cell": "our cell"}.get(
+            side, side
+        )
 
     sides = list(dict.fromkeys(column(c, s) for c in found for s in c.seconds if s != "FMA peak"))
     lines = [f"| {what} | {' | '.join(sides)} |", "|---|" + "---:|" * len(sides)]
@@ -122,7 +133,6 @@ def markdown(data: dict, found: list[Comparison], folder: str) -> str:
         "all sides take turns, after each was checked against float64. Peers without an autograd "
         "engine stand beside our op, called as they are, with arguments bound once; torch's module "
         "beside our module.",
-        "Times faster than the best peer (op) and than torch's module, over the grid of shapes:",
         summary(found),
     ]
     if "note" in data["machine_info"]:
@@ -133,6 +143,10 @@ def markdown(data: dict, found: list[Comparison], folder: str) -> str:
             parts += [f"**{cell}, {name}** (microseconds)", main_table(found, cell, topic)]
     tables = (
         ("Sequences of different lengths, and both directions, with all gradients", SEQUENCES,
+         "microseconds", lambda c, s: microseconds(s)),
+        ("A step of a cell, without and with the gradients of state and weights", ("cell ",),
+         "microseconds", lambda c, s: microseconds(s)),
+        ("A training step of five workloads", ("workload ",),
          "microseconds", lambda c, s: microseconds(s)),
         ("The character model, end to end", ("charlm",),
          "thousand characters/s", lambda c, s: f"{c.info['characters'] / s / 1e3:,.1f}"),
@@ -156,6 +170,53 @@ def markdown(data: dict, found: list[Comparison], folder: str) -> str:
         "where one is missed, what the machine allows."
     )
     return "\n\n".join(parts)
+
+
+def workloads(data: dict, found: list[Comparison], save) -> None:
+    """The README's picture: a bar a cell and workload, and a tick for the fastest other peer."""
+    import matplotlib.pyplot as plt
+
+    cells = ("RNN", "GRU", "LSTM")
+    chosen = {(c.topic, c.cell): c for c in found if c.topic.startswith("workload ")}
+    topics = list(dict.fromkeys(topic for topic, _ in chosen))
+    if not topics:
+        return
+    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.85 * len(topics)), layout="constrained")
+    names, furthest = [], 1.0
+    for group, topic in enumerate(topics):
+        shown = [chosen[topic, cell] for cell in cells if (topic, cell) in chosen]
+        for c in shown:
+            y = group + (cells.index(c.cell) - 1) * 0.26
+            end = ratio = c.speedup("module", c.torch)
+            axis.barh(y, ratio - 1, 0.24, left=1, color=CELL_COLOURS[c.cell])
+            others = [c.speedup(side, c.torch) for side in c.peers if side != c.torch]
+            if others:
+                tick = max(others)
+                axis.plot([tick] * 2, [y - 0.12, y + 0.12], color="black", linewidth=2)
+                if ratio < tick < 1.3 * ratio:  # where the text would be
+                    end = tick
+                furthest = max(furthest, tick)
+            axis.text(max(end, 1) * 1.03, y, f"{ratio:.1f}x", va="center", fontsize=9)
+            furthest = max(furthest, 1.15 * end)
+        c = shown[0]
+        more = "\npacked, in both directions" if c.info["packed"] else ""
+        names.append(f"{topic.removeprefix('workload ')}\n{c.name}{more}")
+    axis.axvline(1, color="grey", linewidth=1)
+    axis.set_xscale("log")
+    ticks = [n for n in (1, 2, 5, 10, 20, 50) if n <= 1.1 * furthest]
+    axis.set_xticks(ticks, ["torch.nn = 1", *(f"{n}x" for n in ticks[1:])])
+    axis.minorticks_off()
+    axis.set_xlim(right=1.1 * furthest)
+    axis.set_yticks(range(len(topics)), names)
+    axis.invert_yaxis()
+    axis.set_title("A training step, times faster than torch.nn (one CPU thread, float32)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=CELL_COLOURS[cell], label=cell) for cell in cells]
+    handles += axis.plot([], [], color="black", linewidth=2, label="the faster of JAX and oneDNN")
+    axis.legend(handles=handles, loc="lower right", fontsize=9)
+    save(figure, "workloads")
 
 
 def plots(data: dict, found: list[Comparison], folder: Path) -> None:
@@ -184,6 +245,8 @@ def plots(data: dict, found: list[Comparison], folder: Path) -> None:
             1, len(cells), figsize=(2 + 4 * len(cells), height), sharey=True, squeeze=False
         )
         return figure, list(zip(axes[0], cells, strict=True))
+
+    workloads(data, found, save)
 
     # Speed-up by shape: a row of plots a cell, as high as its grid.
     shapes = [max(len(of(found, cell, topic)) for topic in TOPICS) for cell in cells]
@@ -260,26 +323,20 @@ def plots(data: dict, found: list[Comparison], folder: Path) -> None:
     save(figure, "scaling")
 
 
+def draw(data: dict, found: list[Comparison], results: Path) -> Path:
+    """The plots, into the folder beside the results file."""
+    folder = results.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    plots(data, found, folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, help="file to update between its markers")
-    arguments = parser.parse_args()
-    data, found = load(arguments.results)
-    folder = arguments.results.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    plots(data, found, folder)
-    if not arguments.readme:
-        print(markdown(data, found, str(folder)))
-        return
-    readme = arguments.readme.resolve()
-    where = folder.resolve().relative_to(readme.parent).as_posix()
-    text = markdown(data, found, where)
-    begin, end = "<!-- measured -->", "<!-- /measured -->"
-    marked = re.compile(f"{begin}(.*{end})?", re.DOTALL)
-    old = readme.read_text()
-    assert begin in old, f"{readme} has no {begin}"
-    readme.write_text(marked.sub(lambda _: f"{begin}\n{text}\n{end}", old, count=1))
+    results = parser.parse_args().results
+    data, found = load(results)
+    print(markdown(data, found, str(draw(data, found, results))))
 
 
 if __name__ == "__main__":

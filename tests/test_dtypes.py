@@ -104,7 +104,7 @@ STATED = [
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(("kind", "mode", "bounds"), STATED, ids=str)
 def test_stated_accuracy(isa, kind, mode, bounds, dtype):
-    """What the README says: at H=256 over 100 steps, relative to the largest value."""
+    """What docs/numerics.md says: at H=256 over 100 steps, relative to the largest value."""
     options = {"nonlinearity": "sigmoid"} if mode == "RNN_SIGMOID" else {}
     ours = kind.ours(64, 256, dtype=dtype, **options)
     x = torch.randn(100, 16, 64).to(dtype)

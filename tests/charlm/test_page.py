@@ -1,4 +1,4 @@
-"""The character model as the README shows it."""
+"""The character model as docs/charlm.md and the README show it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,38 @@ import torch
 from charrnn_fast.charlm import from_pretrained, train
 from charrnn_fast.cli import parser
 
-README = Path(__file__).parents[2] / "README.md"
-SECTION = README.read_text(encoding="utf-8").split("## The character model", 1)[1].split("## ")[0]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "charlm.md"
+
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="runs apart from the sources")
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: Path) -> set[str]:
+    """Of the shell blocks; every line must be one that the parser takes."""
+    found = set()
+    for line in "".join(blocks(page, "sh")).splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "charrnn-fast":
+            parser().parse_args(arguments)
+            found.add(arguments[0])
+    return found
 
 
 def test_commands_are_those_that_there_are():
-    """Every line of the shell blocks is one that the parser takes, and every command is shown."""
-    lines = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-    commands = set()
-    for line in lines:
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "charrnn-fast"
-        parser().parse_args(arguments)
-        commands.add(arguments[0])
-    assert commands == {"train", "sample", "eval", "report", "export", "bench", "info"}
-
-
-def python_blocks() -> list[str]:
-    return [block for kind, block in BLOCKS if kind == "python"]
+    every = {"train", "sample", "eval", "report", "export", "bench", "info"}
+    assert commands(PAGE) == every
+    assert commands(ROOT / "README.md") == {"train", "sample", "report"}
 
 
 def test_python_block_runs(text, tmp_path, monkeypatch, capsys):
     """As it stands."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("The end. " + text.read_text())
-    block = python_blocks()[0]
+    block = blocks(PAGE, "python")[0]
     assert len([line for line in block.splitlines() if line]) <= 10
     values: dict = {}
     exec(block, values)
@@ -50,7 +56,7 @@ def test_weights_need_no_package_of_ours(options, cell, embedding, tmp_path, mon
     """The second block gives the model of a run, of any cell, out of torch's modules."""
     monkeypatch.chdir(tmp_path)
     train(options, cell=cell, embedding_size=embedding, out_dir="runs/mine", max_iters=5, say=None)
-    block = python_blocks()[1]
+    block = blocks(PAGE, "python")[1]
     assert "charrnn_fast" not in block
     values: dict = {}
     exec(block, values)
