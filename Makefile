@@ -68,7 +68,7 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Those marked slow, which `make test` leaves out: minutes, and up to 12 GB of memory.
+# Those marked slow, which `make test` leaves out: minutes each; one wants 12 GB of free memory.
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -76,7 +76,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[bench]'
 	@touch $@
 
-# QUICK=1 takes about two minutes. RESULTS=benchmarks/results/<machine>.json is where runs to commit go.
+# QUICK=1 measures fewer shapes, in fewer rounds. RESULTS=benchmarks/results/<machine>.json is where runs to commit go.
 bench: $(BUILT) $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(if $(QUICK),--quick) --benchmark-json=$(RESULTS) $(ARGS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)

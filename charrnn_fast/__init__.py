@@ -4,7 +4,7 @@ A scripted, exported or packaged program that holds one of the modules runs wher
 been imported before it is loaded: that registers the ops.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from charrnn_fast.cell import GRUCell, LSTMCell, RNNCell
 from charrnn_fast.explanation import Explanation, explain
