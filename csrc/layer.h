@@ -97,7 +97,8 @@ StackResult rnn(const Call& call, int64_t num_layers, double dropout, bool train
 // what is wrong with them.
 bool linear_is_served(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
-// The ops, called through the dispatcher.
+// The ops, called through the dispatcher. Gradients are those that `needs` names, one after the
+// other.
 LayerResult call_layer(const Call& call);
 std::vector<at::Tensor> call_layer_backward(const Grads& grads, const Call& call,
                                             const at::Tensor& y, const Optional& saved,

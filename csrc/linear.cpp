@@ -86,11 +86,12 @@ std::vector<Tensor> linear_backward_cpu(const Tensor& dy, const Tensor& input,
   const Tensor x = input.reshape({1, -1, H});
   const std::vector<Tensor> weights = {weight, W_hh, b, b};
   const Tensor y = at::ones({V}, weight.options()).expand_as(*delta);
-  const auto grads = call_layer_backward(
+  const c10::List<bool> needs({true, false, false, true, false, true, false});  // x, W_ih, b_ih
+  auto grads = call_layer_backward(
       {delta, kNone, kNone, kNone},
-      {x, kNone, kNone, weights, kNone, kNone, kNone, "RNN_RELU", true}, y, empty({0}, dtype),
-      c10::List<bool>({true, false, false, true, false, true, false}));
-  return {grads[kInput].view(input.sizes()), grads[kFirstWeight], grads[kFirstWeight + 2]};
+      {x, kNone, kNone, weights, kNone, kNone, kNone, "RNN_RELU", true}, y, kNone, needs);
+  grads[0] = grads[0].view(input.sizes());
+  return grads;
 }
 
 }  // namespace
