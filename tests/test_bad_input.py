@@ -287,8 +287,30 @@ def test_ids_out_of_range(kind: Kind, op: str, value: int, dtype: torch.dtype) -
             arguments[name] = [tensor.to(dtype) for tensor in argument]
     arguments["input"] = torch.zeros(T, B, dtype=torch.int64)
     arguments["input"][2, 1] = value
+    if "needs" in arguments:
+        arguments["needs"][0] = False
     with pytest.raises(IndexError, match=str(value)):
         getattr(OPS, op)(**arguments)
+
+
+def test_gradients_that_do_not_exist(kind: Kind) -> None:
+    """Of ids, and of a c that a cell has not; the others are listed without gaps, in order."""
+    arguments = backward_arguments(kind)
+    everything = OPS.rnn_layer_backward(**arguments)
+    assert len(everything) == sum(arguments["needs"])
+    some = [need and place % 2 == 0 for place, need in enumerate(arguments["needs"])]
+    wanted = [place for place, need in enumerate(arguments["needs"]) if need]
+    got = OPS.rnn_layer_backward(**(arguments | {"needs": some}))
+    want = [grad for place, grad in zip(wanted, everything, strict=True) if some[place]]
+    assert len(got) == len(want) > 0
+    assert all(map(torch.equal, got, want))
+    ids = torch.zeros(T, B, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="needs of input must be False: token ids have no"):
+        OPS.rnn_layer_backward(**(arguments | {"input": ids}))
+    if not kind.has_cell_state:
+        with_c = [True, True, True, *[True] * 4]
+        with pytest.raises(RuntimeError, match="needs of cx must be False"):
+            OPS.rnn_layer_backward(**(arguments | {"needs": with_c}))
 
 
 ODD_OTHERS: list[tuple[str, dict[str, Any]]] = [
