@@ -132,6 +132,11 @@ def _rnn_layer_backward(
         batch = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
         return y.new_empty((directions, batch, weights[1].shape[1]))
 
+    # As check_needs of csrc/layer.cpp.
+    if needs[0] and input.dtype == torch.int64:
+        raise RuntimeError("needs of input must be False: token ids have no gradient")
+    if needs[2] and mode != "LSTM":
+        raise RuntimeError(f"needs of cx must be False: {mode} has no cell state")
     wanted = [input, hx, cx, *weights]
     grads = []
     for place, (tensor, needed) in enumerate(zip(wanted, needs, strict=True)):

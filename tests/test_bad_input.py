@@ -13,6 +13,7 @@ from kinds import KINDS, Kind
 from malformed import OPS, REFUSALS, SPOILS, B, H, I, T, longs
 from test_bad_modules import SPOILT_MODULES, module_calls
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Arguments = dict[str, Any]
 
@@ -305,12 +306,14 @@ def test_gradients_that_do_not_exist(kind: Kind) -> None:
     assert len(got) == len(want) > 0
     assert all(map(torch.equal, got, want))
     ids = torch.zeros(T, B, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="needs of input must be False: token ids have no"):
-        OPS.rnn_layer_backward(**(arguments | {"input": ids}))
-    if not kind.has_cell_state:
-        with_c = [True, True, True, *[True] * 4]
-        with pytest.raises(RuntimeError, match="needs of cx must be False"):
-            OPS.rnn_layer_backward(**(arguments | {"needs": with_c}))
+    for device in ("cpu", "meta"):  # kernels, and what tracing knows of them
+        arguments = tree_map_only(Tensor, lambda t, to=device: t.to(to), arguments)
+        with pytest.raises(RuntimeError, match="needs of input must be False: token ids have no"):
+            OPS.rnn_layer_backward(**(arguments | {"input": ids.to(device)}))
+        if not kind.has_cell_state:
+            with_c = [True, True, True, *[True] * 4]
+            with pytest.raises(RuntimeError, match="needs of cx must be False"):
+                OPS.rnn_layer_backward(**(arguments | {"needs": with_c}))
 
 
 ODD_OTHERS: list[tuple[str, dict[str, Any]]] = [
