@@ -51,11 +51,19 @@ def ulp(exact, dtype):
     return torch.ldexp(torch.full_like(exact, info.eps), exponent)
 
 
+def exact_values(x, mode):
+    """The function in float64; a sigmoid that is no normal number of x's dtype is zero."""
+    exact = EXACT[mode](x.double())
+    if mode == "RNN_SIGMOID":
+        exact[exact < torch.finfo(x.dtype).tiny] = 0
+    return exact
+
+
 @pytest.mark.parametrize("mode", ["RNN_TANH", "RNN_SIGMOID"])
 def test_float32_error_in_ulp(isa, mode):
     """Within the stated bound of the float64 function, over all magnitudes."""
     x = grid(torch.float32)
-    exact = EXACT[mode](x.double())
+    exact = exact_values(x, mode)
     y = activation(x, mode)
     error = (y.double() - exact).abs() / ulp(exact, torch.float32)
     by_table = mode == "RNN_TANH" and isa.startswith("avx512")
@@ -68,7 +76,7 @@ def test_float32_error_in_ulp(isa, mode):
 def test_float64_error_in_ulp(isa, mode):
     """Within the bound of PyTorch's own float64 function, which is itself within one ulp."""
     x = grid(torch.float64)
-    reference = EXACT[mode](x)
+    reference = exact_values(x, mode)
     error = (activation(x, mode) - reference).abs() / ulp(reference, torch.float64)
     assert error.max() <= BOUND_ULP + 1, (error.max(), x[error.argmax()])
 

@@ -3,7 +3,8 @@
 // tanh and sigmoid stand on one core: with |r| <= ln2/2 and x = n ln2 + r, exp(x) = 2^n (1 + p(r)),
 // p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
 // (Remez). activate() prefers an ISA's own tanh, where it has one. Accuracy
-// (tests/test_activations.py sweeps it): within 2.5 ulp for float and double.
+// (tests/test_activations.py sweeps it): within 2.5 ulp for float and double; a sigmoid that is no
+// normal number is zero, lest denormals slow down what it is multiplied with.
 #pragma once
 
 #include "rnn.h"
@@ -21,9 +22,10 @@ struct ExpConstants<float> {
   static constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f;  // few bits, so that n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kTanhSaturates = 9.1f;    // tanh rounds to 1 from here on
-  static constexpr float kExpUnderflows = 110.0f;  // exp(-x) is 0 from here on
-  static constexpr int kTerms = 6;                 // relative error of p: 3.8e-10
+  static constexpr float kTanhSaturates = 9.1f;     // tanh rounds to 1 from here on
+  static constexpr float kExpIsNormal = 87.33654f;  // exp(-x) is a normal number up to here
+  static constexpr float kExpUnderflows = 110.0f;   // exp(-x) is 0 from here on
+  static constexpr int kTerms = 6;                  // relative error of p: 3.8e-10
   static constexpr float kQ[kTerms] = {0.5000000004f,   0.1666666631f,   0.0416664716f,
                                        0.008333416274f, 0.001393395312f, 0.0001982654532f};
 };
@@ -35,6 +37,7 @@ struct ExpConstants<double> {
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kTanhSaturates = 19.1;
+  static constexpr double kExpIsNormal = 708.3964185322641;
   static constexpr double kExpUnderflows = 760.0;
   static constexpr int kTerms = 11;  // relative error of p: 2.7e-19
   static constexpr double kQ[kTerms] = {0.5,
@@ -88,6 +91,12 @@ template <typename scalar>
 ALWAYS_INLINE Vec<scalar> magnitude(Vec<scalar> x) {
   return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(x) ^ sign_bit<scalar>(x));
 }
+// -|x|: one operation, where the two signs take three.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> minus_magnitude(Vec<scalar> x) {
+  return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(x) |
+                               bit_cast<Vec<Bits<scalar>>>(broadcast(-scalar{0})));
+}
 
 // tanh|x| = e / (e + 2) with e = expm1(2|x|): no cancellation anywhere, so small x keep their
 // digits.
@@ -119,12 +128,24 @@ ALWAYS_INLINE Vec<scalar> exp_of_nonpositive(Vec<scalar> x) {
   return (broadcast(scalar{1}) + p) * power_of_two<scalar>(half) * power_of_two<scalar>(n - half);
 }
 
+// exp(-|x|), or zero where that is no normal number. A NaN stays.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> exp_of_minus_magnitude(Vec<scalar> x) {
+  const Vec<scalar> z = minus_magnitude<scalar>(x);
+  const Vec<Bits<scalar>> vanishes = z < broadcast(-ExpConstants<scalar>::kExpIsNormal);
+  Vec<scalar> magic_plus_n;
+  const Vec<scalar> p = reduced_expm1<scalar>(z, magic_plus_n);
+  const Vec<scalar> s = power_of_two<scalar>(bit_cast<Vec<Bits<scalar>>>(magic_plus_n));
+  const Vec<scalar> e = multiply_add(s, p, s);
+  return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(e) & ~vanishes);
+}
+
 // With e = exp(-|x|): 1/(1+e) for x >= 0, e/(1+e) below, so that tiny results keep their digits.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> sigmoid(Vec<scalar> x) {
   const Vec<scalar> one = broadcast(scalar{1});
-  const Vec<scalar> e = exp_of_nonpositive<scalar>(-magnitude<scalar>(x));
-  return select<scalar>(x < broadcast(scalar{0}), e, one) / (one + e);
+  const Vec<scalar> e = exp_of_minus_magnitude<scalar>(x);
+  return select<scalar>(bit_cast<Vec<Bits<scalar>>>(x) < 0, e, one) / (one + e);
 }
 
 template <typename scalar>

@@ -12,6 +12,7 @@ namespace {
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 6;  // 6 rows x 4 vectors: 24 accumulators
 constexpr int kTileVectors = 4;
+constexpr int kTermsAtOnce = 1;  // of a product, in one round of its loop
 
 ALWAYS_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE __m512d multiply_add(__m512d a, __m512d b, __m512d c) {

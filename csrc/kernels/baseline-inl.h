@@ -9,6 +9,7 @@ namespace {
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;  // 4 rows x 2 vectors: 8 accumulators of 16 registers
 constexpr int kTileVectors = 2;
+constexpr int kTermsAtOnce = 1;  // of a product, in one round of its loop
 
 template <typename V>
 ALWAYS_INLINE V multiply_add(V a, V b, V c) {

@@ -84,7 +84,7 @@ struct Gru {
                                         Vec<Sum>* saved) {
     const Vec<Sum> zero = {}, one = broadcast(Sum{1});
     const Vec<Sum> r = activate<Cell::kSigmoid, Sum>(sums[1]);
-    const Vec<Sum> e = exp_of_nonpositive<Sum>(-magnitude<Sum>(sums[2]));
+    const Vec<Sum> e = exp_of_minus_magnitude<Sum>(sums[2]);
     const Vec<Sum> smaller = e / (one + e);
     const Vec<Sum> n = activate<Cell::kTanh, Sum>(multiply_add(r, sums[3], sums[0]));
     const Vec<Bits<Sum>> z_is_smaller = sums[2] < zero;

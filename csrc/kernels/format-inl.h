@@ -100,3 +100,17 @@ ALWAYS_INLINE void pack_terms(const RowsOfTerms<scalar>& rows, int64_t column, i
 #ifdef CHARRNN_FAST_BFLOAT16
 #include "bfloat16-inl.h"
 #endif
+
+#ifndef CHARRNN_FAST_PLUS_PRODUCT
+namespace charrnn_fast {
+namespace {
+
+// sum + a b, in the long sums of a tile.
+template <typename Sum, typename Factor>
+ALWAYS_INLINE Sum plus_product(Sum sum, Factor a, Factor b) {
+  return multiply_add(a, b, sum);
+}
+
+}  // namespace
+}  // namespace charrnn_fast
+#endif

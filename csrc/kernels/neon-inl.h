@@ -11,6 +11,7 @@ namespace {
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 6;  // 6 rows x 4 vectors: 24 accumulators
 constexpr int kTileVectors = 4;
+constexpr int kTermsAtOnce = 1;  // of a product, in one round of its loop
 
 ALWAYS_INLINE float32x4_t multiply_add(float32x4_t a, float32x4_t b, float32x4_t c) {
   return vfmaq_f32(c, a, b);

@@ -50,7 +50,9 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
 #pragma GCC unroll 32
   for (int i = 0; i < R * P; ++i) sum[i] = Vec<Sum>{};
   const auto sum_rows = [&]([[maybe_unused]] int64_t lanes) __attribute__((always_inline)) {
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    // Packed rows lie one behind the other; others are found one by one.
+    constexpr int kAtOnce = kOuterPacks<scalar> ? kTermsAtOnce : 1;
+    const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
       const PackedOf<scalar>*left, *right;
       if constexpr (kOuterPacks<scalar>) {
         left = args.packed_a + k * R;
@@ -61,31 +63,37 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
       }
       // One address each with constant offsets, where g++ would keep one for every offset.
       asm("" : "+r"(left), "+r"(right));
-      Vec<PackedOf<scalar>> b[P];
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) {
+        Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        if constexpr (kOuterPacks<scalar>) {
-          b[p] = load(right + p * L);
-        } else {
-          b[p] = load_lanes(right + p * L, p < P - 1 ? L : lanes);
+        for (int p = 0; p < P; ++p) {
+          if constexpr (kOuterPacks<scalar>) {
+            b[p] = load(right + (i * P + p) * L);
+          } else {
+            b[p] = load_lanes(right + p * L, p < P - 1 ? L : lanes);
+          }
         }
-      }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<PackedOf<scalar>> a = broadcast(left[r]);
+        for (int r = 0; r < R; ++r) {
+          const Vec<PackedOf<scalar>> a = broadcast(left[i * R + r]);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[r * P + p] = multiply_add(a, b[p], sum[r * P + p]);
+          for (int p = 0; p < P; ++p) sum[r * P + p] = plus_product(sum[r * P + p], a, b[p]);
+        }
       }
     };
     int64_t k = 0;
-    const int64_t between = K / (R + 1);
+    const int64_t between = K / ((R + 1) * kAtOnce) * kAtOnce;
 #pragma GCC unroll 1
     for (int r = 0; r < R; ++r) {  // out may lie in memory: it arrives meanwhile
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) __builtin_prefetch(out + r * args.ld + p * L, 1);
-      for (const int64_t end = k + between; k < end; ++k) step(k);
+      for (const int64_t end = k + between; k < end; k += kAtOnce) step(k, kAtOnce);
     }
-    for (; k < K; ++k) step(k);
+    for (; k + kAtOnce <= K; k += kAtOnce) step(k, kAtOnce);
+    if constexpr (kAtOnce > 1) {
+      for (; k < K; ++k) step(k, 1);
+    }
   };
   if (kOuterPacks<scalar> || last_lanes == L) {
     sum_rows(L);

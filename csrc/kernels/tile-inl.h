@@ -185,7 +185,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
             const Vec<PackedOf<scalar>> b = load(panel + (k * P + p) * L);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
-              sum[c][r * P + p] = multiply_add(a[r], b, sum[c][r * P + p]);
+              sum[c][r * P + p] = plus_product(sum[c][r * P + p], a[r], b);
           }
           return;
         }
@@ -196,11 +196,14 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         for (int r = 0; r < R; ++r) {
           const Vec<PackedOf<scalar>> a = broadcast_terms(row[r], k, n);
 #pragma GCC unroll 8
-          for (int p = 0; p < P; ++p) sum[c][r * P + p] = multiply_add(a, b[p], sum[c][r * P + p]);
+          for (int p = 0; p < P; ++p) sum[c][r * P + p] = plus_product(sum[c][r * P + p], a, b[p]);
         }
       };
-      const auto step = [&](int c, int64_t k)
-                            __attribute__((always_inline)) { multiply(c, k, kEach); };
+      constexpr int kAtOnce = C > 1 ? C : kTermsAtOnce;
+      const auto step = [&](int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; ++i) multiply(i % C, k + i, kEach);
+      };
       int64_t k = 0;
       // In several chains there are too few terms to go between; forward's init is in the cache.
       if constexpr (kPrefetches && C > 1 && End::kPrefetchesAtOnce) {
@@ -208,19 +211,16 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         for (int r = 0; r < R; ++r) End::template prefetch<P>(args, first_row + r, s);
       }
       if constexpr (kPrefetches && C == 1) {
-        const int64_t between = terms / (R + 1);
+        const int64_t between = terms / ((R + 1) * kAtOnce) * kAtOnce;
 #pragma GCC unroll 1
         for (int r = 0; r < R && first == 0; ++r) {
           End::template prefetch<P>(args, first_row + r, s);
-          for (const int64_t end = k + between; k < end; ++k) step(0, k);
+          for (const int64_t end = k + between; k < end; k += kAtOnce) step(k);
         }
       }
-      for (; k + C <= terms; k += C) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) step(c, k + c);
-      }
-      if constexpr (C > 1) {
-        for (; k < terms; ++k) step(0, k);
+      for (; k + kAtOnce <= terms; k += kAtOnce) step(k);
+      if constexpr (kAtOnce > 1) {
+        for (; k < terms; ++k) multiply(0, k, kEach);
       }
       if constexpr (kEach == 2) {
         if (args.K % 2 != 0) multiply(0, whole, 1);
