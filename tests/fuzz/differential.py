@@ -35,7 +35,8 @@ sys.path.pop(0)
 CALLS_EACH = 4
 # Largest difference from float64, as a share of the largest value (or of one). In low precisions
 # what goes from layer to layer is rounded, which costs several units in the last place. Where this
-# is not enough there, torch.nn is asked: twice its own error is allowed.
+# is not enough, as where saturated units meet large weights (torch.nn's float32 is off by 2e-4 in
+# one problem of 25,000), torch.nn is asked: twice its own error is allowed.
 LIMITS = {torch.float32: 5e-5, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.0125}
 LOW = (torch.bfloat16, torch.float16)
 CELL_OPTIONS = ("hidden_size", "bias", "nonlinearity")
@@ -397,7 +398,7 @@ def run_problem(
             continue
         limit = LIMITS[dtype] * (4 if problem.has_kink else 1)
         differs = difference(got, want, limit)
-        if differs is not None and dtype in LOW:
+        if differs is not None and dtype != torch.float64:
             differs = difference(got, want, limit, reference(problem, dtype))
         if differs is not None:
             found.append(f"{about}: {differs}")
