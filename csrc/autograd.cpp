@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "layer.h"
 
@@ -89,6 +90,20 @@ class Version {
   uint32_t expected_ = 0;
 };
 
+constexpr const char* kChanged =
+    "one of the variables needed for gradient computation has been modified by an inplace "
+    "operation: ";
+
+// The name of an operand that was changed since forward, or null, while this thread runs backward
+// of a layer. The kernels do not read it; the composite formula, and kernels of another ISA than
+// forward's, compute the gates again from all operands.
+thread_local const char* changed_operand = nullptr;
+struct WithChangedOperand {
+  explicit WithChangedOperand(const char* name) : outer(std::exchange(changed_operand, name)) {}
+  ~WithChangedOperand() { changed_operand = outer; }
+  const char* outer;
+};
+
 // An operand. Where backward reads its value, a change before it must be an error; nn.RNN allows
 // changes of the others (the biases, for one), so those are kept as they are.
 struct SavedOperand {
@@ -110,10 +125,7 @@ struct SavedOperand {
   bool unchanged() const { return !kept.defined() || version.unchanged(); }
   // For what backward reads and no hook on saved tensors needs to see, in autograd's words.
   void expect_unchanged(const char* name) const {
-    TORCH_CHECK(unchanged(),
-                "one of the variables needed for gradient computation has been modified by an "
-                "inplace operation: ",
-                name, " of size ", kept.sizes());
+    TORCH_CHECK(unchanged(), kChanged, name, " of size ", kept.sizes());
   }
   void reset() {
     saved.reset_data();
@@ -152,10 +164,13 @@ struct RnnLayerBackward : public Node {
     const Optional h0 = defined_or_none(hx.unpack()), c0 = defined_or_none(cx.unpack());
     std::vector<Tensor> params;
     params.reserve(weights.size());
-    bool operands_unchanged = input.unchanged() && hx.unchanged() && cx.unchanged();
-    for (const SavedOperand& weight : weights) {
-      params.push_back(weight.unpack());
-      operands_unchanged = operands_unchanged && weight.unchanged();
+    const char* changed = !input.unchanged() ? "input"
+                          : !hx.unchanged()  ? "hx"
+                          : !cx.unchanged()  ? "cx"
+                                             : nullptr;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      params.push_back(weights[i].unpack());
+      if (!weights[i].unchanged()) changed = kWeightNames[i % weights_per_direction(has_biases)];
     }
     batch_sizes.expect_unchanged("batch_sizes");
     lengths.expect_unchanged("lengths");
@@ -166,13 +181,14 @@ struct RnnLayerBackward : public Node {
     const Call call{x, h0, c0, params, sizes, ragged, splits, mode, has_biases};
     // nn.RNN saves a private copy of each step, so its output may be changed in place. We save the
     // output itself; when it has been changed, it is computed once more, to the same bits.
-    const bool again = !y_version.unchanged() && operands_unchanged;
+    const bool again = !y_version.unchanged() && changed == nullptr;
     const Tensor states = again ? std::get<0>(call_layer(call)) : y.unpack(getptr());
     const Optional kept = has_saved ? Optional(saved.unpack()) : std::nullopt;
     c10::List<bool> needs;
     needs.reserve(result.size());
     for (size_t i = 0; i < result.size(); ++i) needs.push_back(task_should_compute_output(i));
 
+    const WithChangedOperand guard(changed);
     auto computed = call_layer_backward(Grads{dy, dh_n, dc_n, dcells}, call, states, kept, needs);
     auto next = computed.begin();
     for (size_t i = 0; i < result.size(); ++i) {
@@ -363,6 +379,11 @@ std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Ten
 }
 
 }  // namespace
+
+void expect_unchanged_operands() {
+  TORCH_CHECK(changed_operand == nullptr, kChanged, changed_operand,
+              ", from which the gates are computed again here");
+}
 
 LayerResult call_layer(const Call& call) {
   return unlisted(call, with_arguments(call, [](const auto&... arguments) {

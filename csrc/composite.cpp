@@ -330,6 +330,7 @@ std::vector<Tensor> backward(const Grads& given, const Call& call, const Tensor&
   check_needs(call, needs);
   const Cell cell = parse_mode(call.mode);
   const CellSizes sizes = sizes_of(cell);
+  if (sizes.gates > 1) expect_unchanged_operands();
   const bool tokens = call.input.scalar_type() == at::kLong;
   check_kind(call);
   for (const Optional& tensor : {given.dy, given.dh_n, given.dc_n, given.dcells, Optional(y)}) {

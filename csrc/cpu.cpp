@@ -384,6 +384,7 @@ std::vector<at::Tensor> backward_cpu(const Grads& given_grads, const Call& given
     const Rows rows(layer, call.batch_sizes, call.lengths, call.resets);
     Optional saved = given_saved;
     if (!fits(saved, layer, computed)) {
+      expect_unchanged_operands();
       Call again = call;
       again.keep = true;
       saved = std::get<4>(forward_by_kernels(current, layer, again));

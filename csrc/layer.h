@@ -88,6 +88,10 @@ std::vector<at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& 
                                         const at::Tensor& weight);  // [dx, dW, db]
 }  // namespace composite
 
+// For what computes the gates again in backward, from all operands: RuntimeError where autograd
+// runs it, and an operand that it need not read otherwise was changed in place since forward.
+void expect_unchanged_operands();
+
 // The stack of layers: the op `rnn`. `call` has the weights of all of them, and the states side by
 // side.
 StackResult rnn(const Call& call, int64_t num_layers, double dropout, bool train,

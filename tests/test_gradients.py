@@ -1,9 +1,14 @@
 """Gradients against torch.nn's: for any subset, with in-place changes, hooks, checkpoints."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from helpers import NO_STATES, assert_same, call_op, leaf, loss_of
 from kinds import KINDS, each, flat
+
+import charrnn_fast
 
 # One result of each kind of network, by its place among them.
 RESULTS = [(kind, result) for kind in KINDS for result in range(1 + len(kind.states))]
@@ -273,6 +278,64 @@ def test_changed_operands_that_are_not_read(kind, changed, frozen, T, batch_firs
             for name, p in module.named_parameters():
                 p.copy_(saved[name])
     assert_sound(*results)
+
+
+@pytest.mark.parametrize("how", ["create_graph", "is_grads_batched"])
+@pytest.mark.parametrize("changed", ["input", "bias_hh_l0"])
+def test_changed_operands_that_gates_are_computed_from_again(kind, how, changed):
+    """Double backward and batched gradients compute the gates again: no operand may have changed.
+
+    An Elman network has no gates but y, and its gradients stay what they were.
+    """
+    rnn = kind.ours(3, 5)
+    rnn.weight_ih_l0.requires_grad_(False)
+    leaves = [p for p in rnn.parameters() if p.requires_grad]
+    x = torch.randn(4, 2, 3)
+    operand = x if changed == "input" else rnn.get_parameter(changed)
+
+    def gradients(change):
+        output, _ = rnn(x)
+        with torch.no_grad():
+            change()
+        if how == "create_graph":
+            return torch.autograd.grad(output.sum(), leaves, create_graph=True)
+        seeds = torch.ones(1, *output.shape)
+        return torch.autograd.grad(output, leaves, seeds, is_grads_batched=True)
+
+    want = gradients(lambda: None)
+    if kind.gates == 1:
+        torch.testing.assert_close(gradients(lambda: operand.add_(1)), want, rtol=0, atol=0)
+        return
+    name = changed.removesuffix("_l0")
+    with pytest.raises(RuntimeError, match=f"modified by an inplace operation: {name}"):
+        gradients(lambda: operand.add_(1))
+
+
+def test_changed_bias_and_another_isa(kind):
+    """Kernels that compute bfloat16 in another dtype than forward's compute the gates again."""
+    start = kind.ours(3, 5, dtype=torch.bfloat16)
+    x = torch.randn(4, 2, 3).bfloat16()
+
+    def gradient(forward, backward, change):
+        rnn = copy.deepcopy(start)
+        with charrnn_fast.use_isa(forward):
+            output, _ = rnn(x)
+        with torch.no_grad():
+            rnn.bias_ih_l0.add_(change)
+        with charrnn_fast.use_isa(backward):
+            return torch.autograd.grad(output.sum(), rnn.weight_hh_l0)[0]
+
+    isas = charrnn_fast.available_isas()
+    for forward, backward in itertools.product(isas, isas):
+        want = gradient(forward, backward, 0)
+        try:
+            got = gradient(forward, backward, 1)
+        except RuntimeError as error:
+            got = error
+        if isinstance(got, RuntimeError):
+            assert "modified by an inplace operation: bias_ih" in str(got)
+        else:
+            assert torch.equal(got, want)
 
 
 def test_changed_operands_and_results(kind):
