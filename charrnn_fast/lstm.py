@@ -100,7 +100,7 @@ class LSTM(Recurrent, nn.LSTM):
             resets: bool, of the shape of token ids: where true, both states are zero before that
                 step, as between two episodes. Results and gradients are those of a sequence split
                 there.
-            return_cell_states: whether to return the last layer's c of every step, too.
+            return_cell_states: a bool, whether to return the last layer's c of every step, too.
 
         Returns:
             ``(output, (h_n, c_n))``: the last layer's h of every step, ``(T, B, D * H)`` or as
@@ -114,6 +114,7 @@ class LSTM(Recurrent, nn.LSTM):
                 is not bool, or is given with a packed sequence.
             NotImplementedError: ``proj_size``, or the older ONNX exporter, is combined with what
                 ``nn.LSTM`` lacks; TorchScript is asked for cell states.
+            TypeError: ``return_cell_states`` is no bool.
 
         Example:
             >>> import torch, charrnn_fast

@@ -96,6 +96,11 @@ class Recurrent(Fused, nn.RNNBase):
             node = fx_call(self, input, hx, lengths, resets, None if cells is False else cells)
             if node is not None:
                 return node
+        if not isinstance(cells, bool):
+            raise TypeError(
+                f"{self._stock.__name__}: return_cell_states must be a bool, "
+                f"got {type(cells).__name__}"
+            )
         weights = self._current_weights()
         if why_stock(self, input, hx, weights, lengths, resets, cells) is not None:
             if isinstance(input, PackedSequence) and not compiling and not self._hooked:

@@ -228,3 +228,14 @@ def test_repr_of_projections(kind):
     state = each(lambda tensor: tensor, (torch.zeros(1, B, 2), torch.zeros(1, B, H)))
     x = torch.randn(T, B, I)
     torch.testing.assert_close(again(x, state), stock(x, state))
+
+
+@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=repr)
+def test_anything_but_a_bool_is_refused(kind, value):
+    """The flag decides how many results there are: what is merely true or false is refused."""
+    lstm, x = kind.ours(I, H), torch.randn(T, B, I)
+    expected = f"return_cell_states must be a bool, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        lstm(x, return_cell_states=value)
+    with pytest.raises(TypeError, match=expected):
+        lstm(x, None, None, None, value)
