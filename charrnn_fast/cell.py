@@ -309,9 +309,11 @@ def _fits(cell: Cell, input: Tensor, hx: Any, weights: list[Tensor]) -> bool:
         return False
     return all(
         isinstance(state, Tensor)
+        and is_dense(state)
         and state.shape == (*input.shape[:-1], H)
         and state.device == input.device
-        and (not same_dtype or state.dtype == input.dtype)
+        # Autocast converts no float64, of which nn.LSTMCell makes results of float64.
+        and (state.dtype == input.dtype if same_dtype else state.dtype != torch.float64)
         for state in states
     )
 

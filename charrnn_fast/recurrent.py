@@ -429,6 +429,8 @@ def run(module: Recurrent, call: Call, cells: bool) -> Any:
     )
     if module.mode == "GRU":
         output, h_n = widened(call, call.h0, [output, h_n])
+    elif has_pair(module) and not _is_onednns(call):
+        output, h_n, c_n, every_c = widened(call, call.c0, [output, h_n, c_n, every_c])
     rows = [output, every_c] if cells else [output]
     states = [h_n, c_n] if has_pair(module) else [h_n]
     unsorted_indices = None
@@ -446,6 +448,12 @@ def run(module: Recurrent, call: Call, cells: bool) -> Any:
             states = [state.squeeze(1) for state in states]
     state: Any = tuple(states) if has_pair(module) else states[0]
     return (results[0], module.permute_hidden(state, unsorted_indices), *results[1:])
+
+
+def _is_onednns(call: Call) -> bool:
+    """Whether nn.LSTM leaves a call under autocast to oneDNN, whose results are of the lower
+    precision. Of inputs in that precision already, it does so on some CPUs only."""
+    return call.packed is None and call.data.dtype in (torch.float32, torch.int64)
 
 
 def widened(call: Call, carried: Tensor | None, results: list[Tensor]) -> list[Tensor]:

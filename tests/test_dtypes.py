@@ -1,6 +1,7 @@
 """bfloat16 and float16 in the kernels: accuracy, dtypes, autocast, special values, same bits."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -212,6 +213,50 @@ def test_autocast_of_the_cell(kind, dtype):
     with torch.autocast("cpu", dtype=dtype):
         got, want = flat(ours(torch.ones(3, 5))), flat(stock(torch.ones(3, 5)))
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed", "packed float32", "unbatched"])
+def test_autocast_of_states(kind, dtype, layout):
+    """A state that is wider than autocast's dtype widens the results, as by torch.nn's formula."""
+    stock, ours = kind.pair(5, 6, 2, bidirectional=True)
+    x = torch.randn(4, 2, 5)
+    x = x if layout == "packed float32" else x.to(dtype)
+    if layout == "unbatched":
+        x = x[:, 0]
+    elif layout != "padded":
+        x = pack_padded_sequence(x, torch.tensor([4, 2]))
+    state = kind.state(*((4, 6) if layout == "unbatched" else (4, 2, 6)))
+    dtypes = (torch.float32, dtype)
+    states = [None]
+    for combination in itertools.product(dtypes, repeat=len(kind.states)):
+        parts = [h.to(d) for h, d in zip(flat(state), combination, strict=True)]
+        states.append(tuple(parts) if kind.has_cell_state else parts[0])
+    for hx in states:
+        with torch.autocast("cpu", dtype=dtype):
+            got = flat(ours(x, hx))
+            # oneDNN's results are of the lower precision, on the CPUs where it serves the call.
+            with torch.backends.mkldnn.flags(enabled=False):
+                want = flat(stock(x, hx))
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_autocast_of_states_of_the_cell(kind, dtype):
+    """A cell under autocast gives the dtypes of torch.nn's, or its error, for any states."""
+    stock, ours = kind.cells(5, 6)
+    x = torch.randn(3, 5)
+    for combination in itertools.product((torch.float32, torch.float64, dtype), repeat=2):
+        parts = [h.to(d) for h, d in zip(flat(kind.state(3, 6)), combination, strict=False)]
+        hx = tuple(parts) if kind.has_cell_state else parts[0]
+        with torch.autocast("cpu", dtype=dtype):
+            try:
+                want = flat(stock(x, hx))
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    ours(x, hx)
+            else:
+                torch.testing.assert_close(flat(ours(x, hx)), want, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
