@@ -1,6 +1,6 @@
 """``RNNCell``, ``LSTMCell`` and ``GRUCell``: ``torch.nn``'s, with the computation in kernels."""
 
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from charrnn_fast.recurrent import (
     Fused,
     as_resets,
     describe,
+    expect_dense,
     is_autocast,
     left_to_old_exporter,
     widened,
@@ -30,6 +31,12 @@ class Cell(Fused, nn.RNNCellBase):
     before the step. A scripted or exported program that holds a cell needs ``import charrnn_fast``
     where it is loaded.
     """
+
+    _ids_dim = 2
+    _misnomers: ClassVar[dict[str, str]] = {
+        "resets": "a cell's is called reset",
+        "lengths": "a cell runs one step of every sequence, and has none",
+    }
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None
@@ -77,7 +84,7 @@ class Cell(Fused, nn.RNNCellBase):
                 return node
         weights = current_weights(self)
         if why_stock(self, input, hx, weights, reset) is not None:
-            return super().forward(input, hx)
+            return self._stock_forward(input, hx)
         return run(self, prepare(self, input, hx, weights, reset))
 
     def _scripted(
@@ -244,7 +251,8 @@ def has_pair(cell: Cell) -> bool:
 def mode_of(cell: Cell) -> str:
     """The op's ``mode`` of the cell; "" for an unknown nonlinearity."""
     if isinstance(cell, nn.RNNCell):
-        return ops.MODES.get(cell.nonlinearity, "")
+        known = isinstance(cell.nonlinearity, str)
+        return ops.MODES.get(cell.nonlinearity, "") if known else ""
     return "LSTM" if has_pair(cell) else "GRU"
 
 
@@ -325,19 +333,23 @@ def prepare(cell: Cell, input: Tensor, hx: Any, weights: list[Tensor], reset: An
         ValueError, RuntimeError: dimensions, or what ``reset`` is, are not as they should be.
     """
     name = cell._stock.__name__
+    expect_dense(name, input=input, hx=hx, reset=reset)
     tokens = input.dim() < 2 and input.dtype == torch.int64
     dim = input.dim() + (1 if tokens else 0)
     if dim not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    states = [] if hx is None else list(hx) if has_pair(cell) else [hx]
+    states = [] if hx is None else [hx]
+    if has_pair(cell) and hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise RuntimeError(f"{name}: hx must be a pair (h_0, c_0), got {got}")
+        states = list(hx)
     for state in states:
         if state.dim() != dim:
             raise ValueError(
                 f"{name}: Expected hidden to be {dim}D beside this input, "
                 f"got {state.dim()}D instead"
             )
-    if len(states) not in (0, 2 if has_pair(cell) else 1):
-        raise RuntimeError(f"{name}: hx must be a pair (h_0, c_0), got {len(states)} tensors")
     if reset is not None:
         reset = as_resets(name, "reset", reset, tuple(input.shape[: dim - 1]))
 

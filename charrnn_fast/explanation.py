@@ -108,7 +108,7 @@ def explain(
     if reason is not None:
         if reason == recurrent.ODD:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                module._stock.forward(module, input, hx)
+                module._stock_forward(input, hx)
         return Explanation(False, reason, isa)
     if isinstance(module, Recurrent):
         call = recurrent.prepare(module, input, hx, weights, lengths, resets)

@@ -42,6 +42,9 @@ class Fused(nn.Module):
     _stock: ClassVar[type[nn.Module]]  # torch.nn's class
     _kind: ClassVar[int]  # the number of the class's description in csrc/short_way.cpp
     _hooked = False  # whether a subclass overrides one of HOOKS, or __call__
+    _ids_dim: ClassVar[int]  # an input of fewer dimensions may be token ids
+    # Keyword arguments that one looks for here, and what to do about them.
+    _misnomers: ClassVar[dict[str, str]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,12 +56,66 @@ class Fused(nn.Module):
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return super().__call__(*args, **kwargs)
         # Most of what nn.Module does is to ask whether there is anything to do.
-        if not _is_compiling():
-            result = ops.fast_call(self, args, kwargs)
-            if result is not None:
-                return result
-        return super().__call__(*args, **kwargs)
+        result = ops.fast_call(self, args, kwargs)
+        if result is not None:
+            return result
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError as error:
+            for given in self._misnomers.keys() & kwargs.keys():
+                if f"unexpected keyword argument '{given}'" in str(error):
+                    raise TypeError(f"{error} ({self._misnomers[given]})") from error
+            raise
+
+    def _stock_forward(self, input: Any, hx: Any) -> Any:
+        """torch.nn's own forward; what it refuses without naming the argument is named."""
+        if _is_compiling():
+            return super().forward(input, hx)
+        try:
+            return super().forward(input, hx)
+        except (RuntimeError, ValueError) as error:
+            complaint = _complaint(self, input, hx, str(error))
+            if complaint is None:
+                raise
+            raise type(error)(complaint) from error
+
+
+def _complaint(module: Fused, input: Any, hx: Any, error: str) -> str | None:
+    """What is wrong with a call that torch.nn refused, where its own words do not help."""
+    name = module._stock.__name__
+    data = data_of(input)
+    try:
+        expect_dense(name, input=data, hx=hx)
+    except RuntimeError as refusal:
+        return str(refusal)
+    if (
+        isinstance(data, Tensor)
+        and data.dim() < (2 if isinstance(input, PackedSequence) else module._ids_dim)
+        and data.dtype in OTHER_INTEGERS
+    ):
+        return (
+            f"{name}: an input of {data.dtype} holds neither token ids, which are int64 (convert "
+            f"them by input.long()), nor values of the weights' dtype"
+        )
+    if error.startswith("Unknown nonlinearity"):
+        return f"{error}. {SELECT_NONLINEARITY}"
+    return None
+
+
+# Dtypes that one keeps ids in to save memory; torch.nn says of them to convert them to floats.
+OTHER_INTEGERS = (
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+SELECT_NONLINEARITY = "Select from 'tanh', 'relu' or 'sigmoid'."
 
 
 def describe(ours: type[Fused], mode: str = "", *, pair: bool = False) -> None:
@@ -77,6 +134,12 @@ def describe(ours: type[Fused], mode: str = "", *, pair: bool = False) -> None:
 
 class Recurrent(Fused, nn.RNNBase):
     """The base of our three, before torch.nn's class among theirs."""
+
+    _ids_dim = 3
+    _misnomers: ClassVar[dict[str, str]] = {
+        "reset": "a module's is called resets",
+        "length": "it is called lengths",
+    }
 
     def _forward(
         self,
@@ -105,7 +168,7 @@ class Recurrent(Fused, nn.RNNBase):
         if why_stock(self, input, hx, weights, lengths, resets, cells) is not None:
             if isinstance(input, PackedSequence) and not compiling and not self._hooked:
                 _check_packed(self, input, hx)
-            return super().forward(input, hx)
+            return self._stock_forward(input, hx)
         return run(self, prepare(self, input, hx, weights, lengths, resets), cells)
 
     def _scripted(
@@ -318,6 +381,8 @@ def _fits(
     for state in states:
         if not isinstance(state, Tensor) or state.dim() != (3 if packed else dim):
             return False
+        if not is_dense(state):
+            return False
         if state.device != device or (same_dtype and state.dtype != data.dtype):
             return False
         if state.shape[0] != rows or state.shape[-1] != module.hidden_size:
@@ -365,6 +430,7 @@ def prepare(
     """
     name = module._stock.__name__
     data: Tensor = data_of(input)
+    expect_dense(name, input=data, hx=hx, lengths=lengths, resets=resets)
     tokens = are_tokens(input)
     pair = has_pair(module)
     batch_sizes = packed = sorted_indices = None
@@ -425,7 +491,7 @@ def run(module: Recurrent, call: Call, cells: bool) -> Any:
         float(module.dropout),
         module.training,
         module.bidirectional,
-        bool(cells),
+        cells,
     )
     if module.mode == "GRU":
         output, h_n = widened(call, call.h0, [output, h_n])
@@ -466,6 +532,15 @@ def widened(call: Call, carried: Tensor | None, results: list[Tensor]) -> list[T
     else:  # torch.nn's zeros
         before = (call.data if call.data.is_floating_point() else call.weights[0]).dtype
     return [result.to(torch.promote_types(before, result.dtype)) for result in results]
+
+
+def expect_dense(name: str, **arguments: Any) -> None:
+    """Refuses the arguments of a module of this name that hold a sparse or a nested tensor."""
+    for argument, value in arguments.items():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, Tensor) and not is_dense(part):
+                layout = "nested" if part.is_nested else part.layout
+                raise RuntimeError(f"{name}: {argument} must be a dense tensor, got a {layout} one")
 
 
 def _own_tensor(argument: str, value: Any) -> Tensor:

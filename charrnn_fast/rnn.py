@@ -7,7 +7,7 @@ from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
 from charrnn_fast import ops
-from charrnn_fast.recurrent import Recurrent, describe
+from charrnn_fast.recurrent import SELECT_NONLINEARITY, Recurrent, describe
 
 
 class RNN(Recurrent, nn.RNN):
@@ -53,6 +53,8 @@ class RNN(Recurrent, nn.RNN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
+        if nonlinearity not in list(ops.MODES):  # it may be anything
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. {SELECT_NONLINEARITY}")
         if nonlinearity == "sigmoid":
             # nn.RNN's constructor accepts two; sigmoid differs in the mode alone.
             if len(args) > 3:

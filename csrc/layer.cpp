@@ -105,6 +105,8 @@ void check_kind(const Call& call) {
   check(call.input, "input");
   if (call.hx.has_value()) check(*call.hx, "hx");
   if (call.cx.has_value()) check(*call.cx, "cx");
+  if (call.batch_sizes.has_value()) check(*call.batch_sizes, "batch_sizes");
+  if (call.lengths.has_value()) check(*call.lengths, "lengths");
   if (call.resets.has_value()) check(*call.resets, "resets");
   for (const at::Tensor& weight : call.weights) check(weight, "weight");
   if (sizes_of(parse_mode(call.mode)).has_state) return;
@@ -135,6 +137,10 @@ Layer check_layer(const Call& call) {
   layer.tokens = input.scalar_type() == at::kLong;
   layer.packed = call.batch_sizes.has_value();
 
+  TORCH_CHECK(layer.tokens || !at::isIntegralType(input.scalar_type(), /*includeBool=*/false),
+              "RNN input of dtype ", input.scalar_type(),
+              " holds neither token ids, which are int64, nor values of the weights' dtype, ",
+              weight.scalar_type());
   const int64_t dims = (layer.packed ? 1 : 2) + (layer.tokens ? 0 : 1);
   TORCH_CHECK(input.dim() == dims, "input must have ", dims, " dimensions, got ", input.dim());
   if (layer.tokens) {

@@ -207,8 +207,9 @@ bool is_served(const Kind& kind, const at::Tensor& input, const State& state,
   if (!device.is_cpu() && !(device.is_cuda() && kind.cuda)) return false;
   // The long way knows the dtypes of results under autocast.
   if (kind.gates > 1 && at::autocast::is_autocast_enabled(device.type())) return false;
-  return weight.device() == device &&
-         state.all([&](const at::Tensor& tensor) { return tensor.device() == device; });
+  return weight.device() == device && state.all([&](const at::Tensor& tensor) {
+    return tensor.device() == device && is_dense(tensor);
+  });
 }
 
 bool is_bool(const Optional& resets, const at::Tensor& input) {

@@ -180,6 +180,25 @@ def test_odd_lengths_of_modules(kind: Kind, lengths: Any) -> None:
         kind.ours(I, H)(torch.randn(T, B, I), None, lengths)
 
 
+@pytest.mark.parametrize(
+    "third",
+    [
+        torch.zeros(T, B, dtype=torch.bool),  # resets
+        torch.zeros(B, dtype=torch.bool),
+        torch.randn(1, B, H),  # a state
+        (torch.randn(1, B, H), torch.randn(1, B, H)),
+        True,
+        1.5,
+        "yes",
+    ],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'shape', '')}",
+)
+def test_third_argument_is_lengths(kind: Kind, third: Any) -> None:
+    """torch.nn has no third argument: what it may be meant for is not taken for lengths."""
+    with pytest.raises(REFUSALS, match="lengths"):
+        kind.ours(I, H)(torch.randn(T, B, I), None, third)
+
+
 @pytest.mark.parametrize("argument", ["lengths", "resets"])
 @pytest.mark.parametrize("value", ["abc", object, [None], {}, [[1], [1, 2]]], ids=str)
 def test_what_is_no_tensor_is_named(kind: Kind, argument: str, value: Any) -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from helpers import call_op
-from kinds import KINDS, each
+from kinds import KINDS, each, flat
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -202,6 +202,131 @@ def test_cell_nonlinearity():
             cls(3, 5, nonlinearity="gelu")(torch.zeros(2, 3))
 
 
+def test_nonlinearity_names_the_choices():
+    """The message of an unknown nonlinearity names all three; the type is torch.nn's."""
+    choices = "'tanh', 'relu' or 'sigmoid'"
+    for unknown in ("gelu", None, ["tanh"]):
+        with pytest.raises(ValueError, match=choices):
+            charrnn_fast.RNN(3, 5, nonlinearity=unknown)
+        with pytest.raises(RuntimeError, match=choices):
+            charrnn_fast.RNNCell(3, 5, nonlinearity=unknown)(torch.zeros(2, 3))
+
+
+OTHER_IDS = {
+    "padded": lambda m, c, ids: m(ids),
+    "unbatched": lambda m, c, ids: m(ids[:, 0]),
+    "packed": lambda m, c, ids: m(PackedSequence(ids[:, 0], torch.ones(4).long())),
+    "a step": lambda m, c, ids: c(ids[0]),
+    "an unbatched step": lambda m, c, ids: c(ids[0, 0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("call", OTHER_IDS)
+def test_ids_of_another_dtype(kind, call, dtype):
+    """Token ids are int64: the error says so, where torch.nn's says to convert them to floats."""
+    ids = torch.zeros(4, 2, dtype=dtype)
+    (stock, ours), (stock_cell, cell) = kind.pair(3, 5), kind.cells(3, 5)
+    want = raised(lambda: OTHER_IDS[call](stock, stock_cell, ids))
+    got = raised(lambda: OTHER_IDS[call](ours, cell, ids))
+    assert type(got) is type(want)
+    assert re.search(rf"{dtype} .*token ids, which are int64.*input\.long\(\)", str(got))
+
+
+SPARSE = {
+    "input": lambda m, x, h: m(x.to_sparse()),
+    "hx": lambda m, x, h: m(x, each(torch.Tensor.to_sparse, h)),
+}
+
+
+@pytest.mark.parametrize("argument", SPARSE)
+@pytest.mark.parametrize("is_cell", [False, True])
+def test_sparse_tensors(kind, argument, is_cell):
+    """A sparse input or state is computed where torch.nn does; the error names the argument."""
+    stock, ours = (kind.cells if is_cell else kind.pair)(3, 5)
+    x = torch.ones((2, 3) if is_cell else (4, 2, 3))
+    h = kind.state(*((2, 5) if is_cell else (1, 2, 5)))
+    call = SPARSE[argument]
+    try:
+        want = flat(call(stock, x, h))
+    except RuntimeError as error:
+        refusal = error
+    else:
+        torch.testing.assert_close(flat(call(ours, x, h)), want)
+        return
+    got = raised(lambda: call(ours, x, h))
+    assert type(got) is type(refusal)
+    assert f"{argument} must be a dense tensor, got a torch.sparse_coo one" in str(got)
+
+
+@pytest.mark.parametrize("argument", ["input", "hx", "lengths", "resets"])
+def test_sparse_tensors_beyond_torch(kind, argument):
+    """What torch.nn does not know is never sparse, nor is anything beside it."""
+    rnn, cell = kind.ours(3, 5), kind.cell(3, 5)
+    given = {
+        "input": torch.ones(4, 2, 3),
+        "hx": kind.state(1, 2, 5),
+        "lengths": torch.tensor([4, 1]),
+        "resets": torch.ones(4, 2) > 0,
+    }
+    given[argument] = each(torch.Tensor.to_sparse, given[argument])
+    with pytest.raises(RuntimeError, match=f"{argument} must be a dense tensor"):
+        rnn(**given)
+    if argument == "lengths":
+        return
+    step = {
+        "input": torch.ones(2, 3),
+        "hx": kind.state(2, 5),
+        "reset": torch.ones(2) > 0,
+    }
+    name = argument.removesuffix("s")
+    step[name] = each(torch.Tensor.to_sparse, step[name])
+    with pytest.raises(RuntimeError, match=f"{name} must be a dense tensor"):
+        cell(**step)
+
+
+@pytest.mark.parametrize(
+    ("is_cell", "keyword", "hint"),
+    [
+        (False, "reset", "resets"),
+        (False, "length", "lengths"),
+        (True, "resets", "reset"),
+        (True, "lengths", "one step"),
+    ],
+)
+def test_misnomers(kind, is_cell, keyword, hint):
+    """A keyword of the other kind of class is a TypeError that tells what it is called here."""
+    module = (kind.cell if is_cell else kind.ours)(3, 5)
+    x = torch.zeros((2, 3) if is_cell else (4, 2, 3))
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{keyword}'.*\(.*{hint}"):
+        module(x, **{keyword: torch.zeros(2) > 0})
+
+
+def test_misnomers_of_a_subclass(kind):
+    """A forward of one's own may call its arguments as it likes."""
+
+    class Own(kind.ours):
+        def forward(self, input, reset=None):
+            return super().forward(input, resets=reset)
+
+    own = Own(3, 5)
+    reset = torch.ones(4, 2) > 0
+    torch.testing.assert_close(own(X + 1, reset=reset)[0], own.forward(X + 1, reset)[0])
+    assert not torch.equal(own(X + 1, reset=reset)[0], own(X + 1)[0])
+
+
+@pytest.mark.parametrize(
+    "hx",
+    [torch.zeros(2, 5), torch.zeros(3, 5), (torch.zeros(2, 5),), "hx"],
+    ids=["tensor of two rows", "tensor", "tuple of one", "string"],
+)
+def test_states_of_a_cell_with_reset(hx):
+    """One tensor, or anything else that is no pair, is refused as such."""
+    cell = charrnn_fast.LSTMCell(3, 5)
+    with pytest.raises(RuntimeError, match=r"LSTMCell: hx must be a pair \(h_0, c_0\), got"):
+        cell(torch.zeros(2, 3), hx, torch.zeros(2) > 0)
+
+
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
@@ -245,6 +370,8 @@ def test_errors_of_the_ops():
             has_biases=True,
         )
 
+    with pytest.raises(RuntimeError, match="token ids, which are int64"):
+        call(torch.zeros(4, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="RNN_GELU"):
         call(mode="RNN_GELU")
     with pytest.raises(RuntimeError, match="weights must hold 4 .* got 3"):
