@@ -143,7 +143,7 @@ test-baseline: $(VENV)/.installed
 	qemu-x86_64 -cpu qemu64 build/driver $(CASES)
 
 # What concerns the bindings and the kernels; not the model, not the packaging.
-MODULE_TESTS ?= tests --ignore=tests/charlm --ignore=tests/cuda --ignore=tests/test_build.py
+MODULE_TESTS ?= tests --ignore=tests/charlm --ignore=tests/cuda --ignore=tests/package
 # $(call built_apart,NAME,ENVIRONMENT): the package and its tests, built in build/NAME.
 built_apart = CHARRNN_FAST_VARIANT=-$1 $2 $(BIN)/python setup.py -q build --build-lib build/$1 && \
   rm -rf build/$1/tests && cp -r tests pyproject.toml build/$1

@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 import torch
-from test_native import ROOT
+from built import ROOT
 
 import charrnn_fast
 from charrnn_fast import charlm

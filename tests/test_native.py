@@ -5,20 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-def objects() -> list[str]:
-    """The object files that the kernels' library in this source tree was linked from."""
-    folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    sources = sorted((ROOT / "csrc" / "kernels").glob("*.cpp"))
-    made = [folder / "kernels" / f"{source.stem}.o" for source in sources]
-    return [str(path) for path in made if path.exists()]
+from built import ROOT, objects
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "elsewhere"
 MODULE_TESTS = [
-    *("tests", "--ignore=tests/charlm", "--ignore=tests/cuda", "--ignore=tests/test_build.py")
+    *("tests", "--ignore=tests/charlm", "--ignore=tests/cuda", "--ignore=tests/package")
 ]
 BUSY = 4  # processes beside the variant `load`
 NOBODY = 65534
