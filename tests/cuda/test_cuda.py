@@ -14,6 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import gpu
+import gpu_parity
 import pytest
 import torch
 
@@ -164,26 +166,17 @@ def test_gpu_report_in_a_dry_run(library, tmp_path):
     assert counts["capture"] == counts["sanitizer"] == 0  # nothing is claimed of them
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """gpu.py as a module, with the CPU for its device."""
-    monkeypatch.setenv("CHARRNN_FAST_DRY_RUN", "none")
-    spec = importlib.util.spec_from_file_location("gpu", HERE / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_gpu_report_notices_a_wrong_number(gpu, monkeypatch):
+def test_gpu_report_notices_a_wrong_number(monkeypatch):
     """One gradient that is a hundredth off, one output that is, and a NaN fail a case of parity."""
     import charrnn_fast
 
     results = []
-    monkeypatch.setattr(gpu, "say", lambda **result: results.append(result))
-    monkeypatch.setattr(gpu, "layers_run", lambda: 0)
+    monkeypatch.setattr(gpu_parity, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_parity, "say", lambda **result: results.append(result))
+    monkeypatch.setattr(gpu_parity, "layers_run", lambda: 0)
 
     def case(spoil):
-        run_one = gpu.run
+        run_one = gpu_parity.run
 
         def spoilt(torch, module, *arguments):
             found = run_one(torch, module, *arguments)
@@ -192,8 +185,9 @@ def test_gpu_report_notices_a_wrong_number(gpu, monkeypatch):
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(gpu, "run", spoilt)
-            gpu.parity_case(torch, charrnn_fast, "RNN", 9, torch.float32, "padded", {}, "case")
+            patch.setattr(gpu_parity, "run", spoilt)
+            plain = ("RNN", 9, torch.float32, "padded", {}, "case")
+            gpu_parity.parity_case(torch, charrnn_fast, *plain)
         return results.pop()["ok"]
 
     assert case(lambda found: None)
@@ -202,16 +196,16 @@ def test_gpu_report_notices_a_wrong_number(gpu, monkeypatch):
     assert not case(lambda found: found[0].view(-1)[0].fill_(float("nan")))
 
 
-def test_gpu_report_survives_its_parts(gpu, tmp_path, monkeypatch):
+def test_gpu_report_survives_its_parts(tmp_path, monkeypatch):
     """A part that dies or hangs after some results: they are kept, and the others run."""
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import os, sys, time\n"
-        'print(\'RESULT {"part": "%s", "name": "first", "ok": true}\' % sys.argv[2])\n'
+        'print(\'RESULT {"part": "%s", "name": "first", "ok": true}\' % sys.argv[1])\n'
         "sys.stdout.flush()\n"
-        "os.abort() if sys.argv[2] == 'parity' else time.sleep(600) if sys.argv[2] == 'capture' else 0\n"
+        "os.abort() if sys.argv[1] == 'parity' else time.sleep(600) if sys.argv[1] == 'capture' else 0\n"
     )
-    monkeypatch.setattr(gpu, "__file__", str(bad))
+    monkeypatch.setattr(gpu, "RUNNER", bad)
     monkeypatch.setattr(gpu, "PARTS", {"parity": 2, "capture": -9, "bench": 2})
     assert gpu.report(tmp_path, "none", ("parity", "capture", "bench")) == 2
     content = json.loads((tmp_path / "report.json").read_text())
@@ -281,7 +275,7 @@ def test_nvcc_compiles_without_spills():
 @pytest.mark.parametrize("part", ["parity", "generation", "capture"])
 def test_on_a_device(part):
     """What `make gpu-report` asks of a device, of the build that is there. Has never run."""
-    code, shown = run([sys.executable, str(HERE / "gpu.py"), "part", part, "300"])
+    code, shown = run([sys.executable, str(HERE / "gpu_parts.py"), part, "300"])
     results = [json.loads(line[7:]) for line in shown.splitlines() if line.startswith("RESULT ")]
     assert code == 0, shown
     assert results
