@@ -51,7 +51,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml requirements/ci.txt
 	$(PIP) install -q $(LOCKED) --no-build-isolation -e '.[test]'
 	@touch $@
 
-$(BUILT): $(VENV)/.installed setup.py $(CSRC)
+$(BUILT): $(VENV)/.installed setup.py tools/toolchain.py tools/steps.py $(CSRC)
 	@tools/preflight.sh $(BIN)/python
 	@mkdir -p build && rm -f build/built-by-*
 	@$(BIN)/python setup.py -q build_ext --inplace >build/log.txt 2>&1 || { cat build/log.txt; exit 1; }

@@ -17,19 +17,12 @@ installed; `make wheels` uses it).
 
 import glob
 import hashlib
-import importlib.util
-import json
 import os
 import platform
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
-import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import NamedTuple
 
 if sys.version_info < (3, 10):  # noqa: UP036  setup.py may be run by hand
     sys.exit(f"error: charrnn_fast needs Python 3.10+; this is {platform.python_version()}.")
@@ -38,12 +31,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# An extension must be built against the torch it will run with. Under pip's build isolation the
-# environment that pip installs into is hidden; its torch is still the one to build against.
-if importlib.util.find_spec("torch") is None:
-    sys.path.append(sysconfig.get_path("purelib"))
-UNPACKED_TORCHES = list(filter(None, os.environ.get("CHARRNN_FAST_TORCHES", "").split(os.pathsep)))
-HAVE_TORCH = bool(UNPACKED_TORCHES) or importlib.util.find_spec("torch") is not None
+# Where pip runs this file, its folder is not on the path.
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
+import toolchain
+from steps import Step, make_all, write
 
 EXTRA_CXX_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_CXXFLAGS", ""))
 EXTRA_LD_FLAGS = shlex.split(os.environ.get("CHARRNN_FAST_LDFLAGS", ""))
@@ -92,142 +83,17 @@ def isa_sources():
     return {path: ISA_FLAGS[isa].split() for isa, path in paths.items() if os.path.exists(path)}
 
 
-def cuda_home():
-    """The folder of a toolkit that has nvcc and the static runtime, or None."""
-    on_path = os.path.realpath(shutil.which("nvcc") or "")
-    homes = [os.environ.get("CUDA_HOME"), os.path.dirname(os.path.dirname(on_path))]
-    for home in [*homes, "/usr/local/cuda"]:
-        if home and all(
-            os.path.exists(os.path.join(home, path))
-            for path in ("bin/nvcc", "lib64/libcudart_static.a")
-        ):
-            return home
-    return None
-
-
-def toolkit_release():
-    """The release of the toolkit, "13.0"; "" without one."""
-    if cuda_home() is None:
-        return ""
-    nvcc = os.path.join(cuda_home(), "bin", "nvcc")
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", text).group(1)
-
-
-def cuda_choice():
-    """Whether the CUDA sources are part of this build, and why; `charrnn-fast info` tells it."""
-    forced = os.environ.get("CHARRNN_FAST_CUDA", "")
-    if forced not in ("", "0", "1"):
-        sys.exit(f"error: CHARRNN_FAST_CUDA must be 1 or 0, not {forced!r}.")
-    if forced == "1" and cuda_home() is None:
-        sys.exit("error: CHARRNN_FAST_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME.")
-    if forced:
-        return forced == "1", f"CHARRNN_FAST_CUDA={forced}"
-    if UNPACKED_TORCHES:
-        return False, "a wheel for several versions of torch has none"
-    import torch
-
-    wanted, found = torch.version.cuda, toolkit_release()
-    if wanted is None:
-        return False, f"torch {torch.__version__} is built without CUDA"
-    if not found:
-        return False, f"torch has CUDA {wanted}, but no toolkit was found"
-    # The runtime that is linked in must not ask for a newer driver than torch does.
-    if found.split(".")[0] != wanted.split(".")[0]:
-        return False, f"torch has CUDA {wanted}, but the toolkit is {found}"
-    return True, f"torch has CUDA {wanted}, and so has the toolkit {found}"
-
-
-def cuda_archs():
-    """The compute capabilities to compile for: by default the tested ones that nvcc knows."""
-    named = os.environ.get("CHARRNN_FAST_CUDA_ARCHS", "").split()
-    if named:
-        return named
-    nvcc = os.path.join(cuda_home(), "bin", "nvcc")
-    command = [nvcc, "--list-gpu-arch"]
-    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}" in known]
-
-
-def gencode_flags():
-    """nvcc's, for cuda_archs(); the last also as PTX, for later devices."""
-    archs = cuda_archs()
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-
-
-class Torch(NamedTuple):
-    """What the build needs of a torch, and the module that is built against it."""
-
-    module: str
-    version: str
-    include_dirs: list[str]
-    library_dirs: list[str]
-
-    @property
-    def folder(self):
-        """The name of the folder of its objects. One that is unpacked has its headers elsewhere."""
-        return f"torch-{self.version}" + "-unpacked" * (self.module != "_C")
-
-
-def installed_torch():
-    """The torch that this environment has. Some distributions keep its headers elsewhere."""
-    import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    return Torch("_C", torch.__version__, include_paths(), library_paths())
-
-
-def unpacked_torch(folder):
-    """A torch that need not be fit to import: its headers, libraries and version.py are there."""
-    path = os.path.join(os.path.abspath(folder), "torch")
-    with open(os.path.join(path, "version.py"), encoding="utf-8") as file:
-        version = re.search(r"^__version__ = '(.+)'$", file.read(), re.MULTILINE).group(1)
-    minor = "_".join(version.split(".")[:2])
-    include = os.path.join(path, "include")
-    api = os.path.join(include, "torch", "csrc", "api", "include")
-    return Torch(f"_C_torch{minor}", version, [include, api], [os.path.join(path, "lib")])
-
-
-def torches():
-    """The versions of torch to build for."""
-    return [unpacked_torch(folder) for folder in UNPACKED_TORCHES] or [installed_torch()]
-
-
 def binding_sources():
     """All that knows torch, without .cu files."""
-    return sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cuda/*.cpp") * cuda_choice()[0])
+    cuda = glob.glob("csrc/cuda/*.cpp") if toolchain.cuda_choice()[0] else []
+    return sorted(glob.glob("csrc/*.cpp") + cuda)
 
 
 def extensions():
     """What setuptools is to know: names. BuildKernels knows the rest."""
-    if not HAVE_TORCH:
+    if not toolchain.HAVE_TORCH:
         return [Extension("charrnn_fast._C", [])]
-    return [Extension(f"charrnn_fast.{torch.module}", []) for torch in torches()]
-
-
-def check_toolchain():
-    """Exits with one line when something that the build needs is missing."""
-    if not HAVE_TORCH:
-        sys.exit(
-            "error: torch is not installed in this environment; charrnn_fast is built against the "
-            "torch it will run with. Install torch >= 2.9, then: pip install --no-build-isolation ."
-        )
-    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-        sys.exit(
-            "error: Python.h was not found; install the Python development headers "
-            "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
-        )
-    named = os.environ.get("CXX")
-    compilers = [shlex.split(named)[0]] if named else ["c++", "g++", "clang++"]
-    found = next((compiler for compiler in compilers if shutil.which(compiler)), None)
-    if found is None:
-        sys.exit(
-            f"error: no C++ compiler was found (looked for {', '.join(compilers)}); install g++ 11 "
-            "or newer, or clang (Debian, Ubuntu: apt install g++), or name one with CXX=..."
-        )
-    if not named:
-        os.environ["CXX"] = found
+    return [Extension(f"charrnn_fast.{torch.module}", []) for torch in toolchain.torches()]
 
 
 def object_path(folder, source):
@@ -248,83 +114,6 @@ def exports_of_kernels():
     return f'RNN_H_{version} {{ global: extern "C++" {{ {listed} }}; local: *; }};\n'
 
 
-class Step(NamedTuple):
-    """A run of a compiler or linker."""
-
-    kind: str  # one of ORDER
-    output: str
-    command: list[str]
-    inputs: list[str]
-
-    # In which they are begun: a step waits for its inputs, and should not keep a thread for that.
-    ORDER = ("nvcc", "compile", "link")
-
-    def is_made(self):
-        """Whether the output is there, by this command, later than all that went into it."""
-        try:
-            with open(f"{self.output}.made", encoding="utf-8") as file:
-                started, command, inputs = json.load(file)
-            changed = max(map(os.path.getmtime, inputs))
-            return command == self.command and changed < started and os.path.exists(self.output)
-        except (OSError, ValueError):
-            return False
-
-    def make(self):
-        """Runs the command.
-
-        Raises:
-            subprocess.CalledProcessError: It failed.
-        """
-        print(f"{self.kind} {self.output}", flush=True)
-        started = time.time()
-        os.makedirs(os.path.dirname(self.output), exist_ok=True)
-        for path in (f"{self.output}.made", self.output):  # a process may have the old one mapped
-            if os.path.exists(path):
-                os.remove(path)
-        subprocess.run(self.command, check=True)
-        inputs = list(self.inputs)
-        if self.kind != "link":  # the compiler has listed what it included
-            with open(f"{self.output}.d", encoding="utf-8") as file:
-                inputs += shlex.split(file.read().replace("\\\n", "").partition(": ")[2])
-        with open(f"{self.output}.made", "w", encoding="utf-8") as file:
-            json.dump([started, self.command, inputs], file)
-
-
-def make_all(steps, jobs):
-    """Does the steps that are not done already, some at once, up to the first that fails.
-
-    Returns whether none did.
-    """
-    running = {}
-
-    def make(step):
-        for path in step.inputs:
-            if path in running:  # begun before, or done
-                running[path].result()
-        if not step.is_made():
-            step.make()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for step in sorted(steps, key=lambda step: Step.ORDER.index(step.kind)):
-            running[step.output] = pool.submit(make, step)
-        done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=False, cancel_futures=True)
-    errors = {future.exception() for future in done} - {None}
-    print(*errors, sep="\n", end="\n" * bool(errors), file=sys.stderr)
-    return not errors
-
-
-def write(path, text):
-    """Writes `text`; what depends on it stays up to date if it is there. Returns `path`."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        if file.read() != text:
-            file.truncate(0)
-            file.write(text)
-    return path
-
-
 class BuildKernels(build_ext):
     """Compiles and links, and puts the results where setuptools wants them."""
 
@@ -336,15 +125,16 @@ class BuildKernels(build_ext):
         self.build_temp = os.path.join("build", abi + os.environ.get("CHARRNN_FAST_VARIANT", ""))
 
     def run(self):
-        check_toolchain()
+        toolchain.check()
         super().run()
 
     def build_extensions(self):
         # Taken before, so that a source that changes meanwhile is noticed.
-        stamp = f"{interface_digest()}\n{cuda_choice()[1]}\n"
+        stamp = f"{interface_digest()}\n{toolchain.cuda_choice()[1]}\n"
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         if not make_all(self.steps(), jobs):  # the compiler has said what is wrong
-            hint = "; CHARRNN_FAST_CUDA=0 builds without the CUDA kernels" * cuda_choice()[0]
+            has_cuda = toolchain.cuda_choice()[0]
+            hint = "; CHARRNN_FAST_CUDA=0 builds without the CUDA kernels" if has_cuda else ""
             raise CompileError(f"the build failed{hint}")
         folder = os.path.join(self.build_lib, "charrnn_fast")
         os.makedirs(folder, exist_ok=True)
@@ -354,7 +144,7 @@ class BuildKernels(build_ext):
                 os.remove(path)
         for built, name in self.results():
             self.replace(built, os.path.join(folder, name))
-        for torch in torches():
+        for torch in toolchain.torches():
             with open(os.path.join(folder, f"{torch.module}.torch"), "w", encoding="ascii") as file:
                 file.write(f"{torch.version}\n{stamp}")
 
@@ -394,17 +184,17 @@ class BuildKernels(build_ext):
         link(kernels, objects, flags, [exports])
 
         cuda = []
-        if cuda_choice()[0]:
+        if toolchain.cuda_choice()[0]:
             # Not by torch's CUDAExtension, which needs a torch that was built with CUDA: the
             # kernels include no header of torch.
-            nvcc = [os.path.join(cuda_home(), "bin", "nvcc")]
-            flags = ["-O3", "-std=c++20", *gencode_flags(), "-Icsrc"]
+            nvcc = [os.path.join(toolchain.cuda_home(), "bin", "nvcc")]
+            flags = ["-O3", "-std=c++20", *toolchain.gencode_flags(), "-Icsrc"]
             flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             cuda = [
                 compile(object_path(self.build_temp, source), source, flags, "nvcc", nvcc)
                 for source in sorted(glob.glob("csrc/cuda/*.cu"))
             ]
-        for torch in torches():
+        for torch in toolchain.torches():
             folder = os.path.join(self.build_temp, torch.folder)
             # torch's headers are not ours to warn about.
             flags = [flag for path in torch.include_dirs for flag in ("-isystem", path)]
@@ -420,7 +210,7 @@ class BuildKernels(build_ext):
             flags += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
             if cuda:
                 # The static runtime: it is ours alone, and works beside a torch without CUDA.
-                flags += [f"-L{os.path.join(cuda_home(), 'lib64')}"]
+                flags += [f"-L{os.path.join(toolchain.cuda_home(), 'lib64')}"]
                 flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
             link(os.path.join(folder, f"{torch.module}.so"), [binding, *cuda, kernels], flags)
         return steps
@@ -435,14 +225,14 @@ class BuildKernels(build_ext):
     def results(self):
         """What was linked, and the name of each in the package."""
         yield os.path.join(self.build_temp, "kernels", KERNELS), KERNELS
-        for torch in torches():
+        for torch in toolchain.torches():
             folder = os.path.join(self.build_temp, torch.folder)
             name = os.path.basename(self.get_ext_filename(f"charrnn_fast.{torch.module}"))
             yield os.path.join(folder, f"{torch.module}.so"), name
 
     def files(self):
         """The names, in the package, of all that this command makes."""
-        stamps = [f"{torch.module}.torch" for torch in torches()]
+        stamps = [f"{torch.module}.torch" for torch in toolchain.torches()]
         return [*(name for _, name in self.results()), *stamps]
 
     def copy_extensions_to_source(self):

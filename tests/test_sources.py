@@ -23,10 +23,10 @@ def test_the_table_of_tanh_is_what_its_tool_computes():
 
 def test_a_header_that_lacks_an_include_fails_lint(tmp_path: Path) -> None:
     """Without clang++ nothing is parsed: that is said, and no failure."""
-    for name in ("setup.py", "tools/parse_headers.py", *map(str, KERNELS.glob("*.h"))):
-        target = tmp_path / Path(name).relative_to(ROOT) if Path(name).is_absolute() else name
-        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / target)
+    for path in (ROOT / "setup.py", *(ROOT / "tools").glob("*.py"), *KERNELS.glob("*.h")):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
 
     def parse(path: str) -> tuple[int, str]:
         command = [sys.executable, str(tmp_path / "tools" / "parse_headers.py")]

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def setup_py(monkeypatch):
-    """setup.py as a module, which builds nothing; environment variables of a build are unset."""
+def toolchain(monkeypatch):
+    """tools/toolchain.py as a module; environment variables of a build are unset."""
     for name in ("CHARRNN_FAST_CUDA", "CHARRNN_FAST_CUDA_ARCHS", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "tools" / "toolchain.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -47,34 +47,34 @@ def toolkit(folder, release):
     ],
 )
 def test_cuda_is_chosen_where_torch_and_a_toolkit_have_it(
-    setup_py, monkeypatch, tmp_path, torch_cuda, release, built, why
+    toolchain, monkeypatch, tmp_path, torch_cuda, release, built, why
 ):
     home = release and toolkit(tmp_path, release)
-    monkeypatch.setattr(setup_py, "cuda_home", lambda: home)
+    monkeypatch.setattr(toolchain, "cuda_home", lambda: home)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    choice, reason = setup_py.cuda_choice()
+    choice, reason = toolchain.cuda_choice()
     assert choice is built
     assert why in reason
     monkeypatch.setenv("CHARRNN_FAST_CUDA", "0")
-    assert setup_py.cuda_choice() == (False, "CHARRNN_FAST_CUDA=0")
+    assert toolchain.cuda_choice() == (False, "CHARRNN_FAST_CUDA=0")
     monkeypatch.setenv("CHARRNN_FAST_CUDA", "1")
     if home:
-        assert setup_py.cuda_choice() == (True, "CHARRNN_FAST_CUDA=1")
+        assert toolchain.cuda_choice() == (True, "CHARRNN_FAST_CUDA=1")
     else:
         with pytest.raises(SystemExit, match="no CUDA toolkit was found; set CUDA_HOME"):
-            setup_py.cuda_choice()
+            toolchain.cuda_choice()
     monkeypatch.setenv("CHARRNN_FAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 1 or 0, not 'yes'"):
-        setup_py.cuda_choice()
+        toolchain.cuda_choice()
 
 
-def test_cuda_home_is_a_whole_toolkit(setup_py, monkeypatch, tmp_path):
+def test_cuda_home_is_a_whole_toolkit(toolchain, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path, "13.0"))
-    assert setup_py.cuda_home() == str(tmp_path)
-    assert setup_py.toolkit_release() == "13.0"
-    assert setup_py.cuda_archs() == ["75", "80"]  # of those that were tested, what this nvcc knows
+    assert toolchain.cuda_home() == str(tmp_path)
+    assert toolchain.toolkit_release() == "13.0"
+    assert toolchain.cuda_archs() == ["75", "80"]  # of those that were tested, what this nvcc knows
     (tmp_path / "lib64/libcudart_static.a").unlink()
-    assert setup_py.cuda_home() != str(tmp_path)
+    assert toolchain.cuda_home() != str(tmp_path)
 
 
 SHOW = """
@@ -92,9 +92,9 @@ cli.main(["info"])
 
 
 @pytest.mark.slow
-def test_a_build_with_cuda_links_and_registers_its_kernels(setup_py, tmp_path):
+def test_a_build_with_cuda_links_and_registers_its_kernels(toolchain, tmp_path):
     """For sm_80, beside whatever torch is here; without a device that is all that can be seen."""
-    if setup_py.cuda_home() is None:
+    if toolchain.cuda_home() is None:
         pytest.skip("no CUDA toolkit was found")
     environment = {
         **os.environ,

@@ -37,25 +37,25 @@ def program(path: Path, script: str) -> str:
 @needs_objects
 def test_a_build_does_only_what_is_out_of_date(tmp_path: Path, monkeypatch) -> None:
     """A change to a source, to a header that it includes, to a command; a loss; a failure."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    setup = importlib.import_module("setup")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    steps = importlib.import_module("steps")
     source, header = tmp_path / "a.cpp", tmp_path / "its own.h"
     source.write_text('#include "its own.h"\n', encoding="utf-8")
     compiled, linked = str(tmp_path / "made" / "a.o"), str(tmp_path / "made" / "a.so")
     done: list[str] = []
-    make = setup.Step.make
-    monkeypatch.setattr(setup.Step, "make", lambda step: (done.append(step.kind), make(step)))
+    make = steps.Step.make
+    monkeypatch.setattr(steps.Step, "make", lambda step: (done.append(step.kind), make(step)))
 
     def build(*flags: str) -> list[str]:
         """The kinds of the steps that are done."""
         command = ["c++", "-fPIC", *flags, "-MMD", "-MF", f"{compiled}.d"]
         command += ["-c", str(source), "-o", compiled]
-        steps = [  # in the wrong order
-            setup.Step("link", linked, ["c++", "-shared", compiled, "-o", linked], [compiled]),
-            setup.Step("compile", compiled, command, [str(source)]),
+        wanted = [  # in the wrong order
+            steps.Step("link", linked, ["c++", "-shared", compiled, "-o", linked], [compiled]),
+            steps.Step("compile", compiled, command, [str(source)]),
         ]
         done.clear()
-        return done if setup.make_all(steps, 1) else [*done, "failed"]
+        return done if steps.make_all(wanted, 1) else [*done, "failed"]
 
     header.write_text("int a();\n", encoding="utf-8")
     assert build() == ["compile", "link"]
