@@ -1,9 +1,15 @@
 """The README and docs/ name files, tests and commands that exist, and their Python runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -71,6 +77,17 @@ def test_make_targets_exist():
     for page in PAGES:
         named = set(re.findall(r"(?:`|^)make ([a-z][\w-]*)", text_of(page), re.MULTILINE))
         assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_what_extras_install_is_listed_with_its_licence():
+    """Each requirement of pyproject.toml has a licence in CONTRIBUTING.md."""
+    pyproject = tomllib.loads(text_of(ROOT / "pyproject.toml"))
+    extras = pyproject["project"]["optional-dependencies"].values()
+    lines = [*pyproject["build-system"]["requires"], *pyproject["project"]["dependencies"]]
+    lines += [line for extra in extras for line in extra]
+    names = {re.split(r"[\s<>=!;\[]", line, maxsplit=1)[0] for line in lines}
+    section = text_of(ROOT / "CONTRIBUTING.md").split("## Dependencies\n", 1)[1].split("\n## ")[0]
+    assert names <= set(re.findall(r"[\w-]+", section))
 
 
 def test_python_of_the_features_page_runs():

@@ -21,7 +21,7 @@ needs_metadata = pytest.mark.skipif(
 
 @needs_metadata
 def test_few_dependencies_with_permissive_licences() -> None:
-    """At run time: torch, numpy, tqdm and safetensors, and no copyleft among them."""
+    """At run time: torch, numpy, tqdm and safetensors, under BSD, MIT, Apache or MPL."""
     needed = [
         re.split(r"[\s<>=!;\[(]", line, maxsplit=1)[0]
         for line in metadata.requires("charrnn_fast") or []
