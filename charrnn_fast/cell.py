@@ -24,7 +24,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class Cell(Fused, nn.RNNCellBase):
-    """The base of our three, before torch.nn's class among theirs.
+    """The base of the three cells, before torch.nn's class in their MRO.
 
     Beyond torch.nn's, an int64 input holds token ids standing for one-hot vectors, ``(B)`` or
     ``()`` unbatched; and ``reset``, a bool tensor of the same shape, tells where the state is zero
@@ -257,16 +257,16 @@ def mode_of(cell: Cell) -> str:
 
 
 def current_weights(cell: Cell) -> list[Tensor]:
-    """Two, or four with biases."""
+    """The weights as they are now: two tensors, or four with biases."""
     weights = [cell.weight_ih, cell.weight_hh]
     return weights if cell.bias_ih is None else [*weights, cell.bias_ih, cell.bias_hh]
 
 
 def why_stock(cell: Cell, input: Any, hx: Any, weights: list[Tensor], reset: Any) -> str | None:
-    """Why this step is torch.nn's own forward's, as a sentence; None when it is the op's.
+    """Why this step runs torch.nn's own forward, as a sentence; None where it runs the op.
 
     Raises:
-        NotImplementedError: it would be torch.nn's, and asks for what that does not know.
+        NotImplementedError: torch.nn's forward would run, and lacks what is asked for.
     """
     mode = mode_of(cell)
     if not mode or not isinstance(input, Tensor):

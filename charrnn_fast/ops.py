@@ -1,6 +1,6 @@
 """The ops of the extension, the ISAs, and which path a call takes.
 
-Only this file and ``fakes.py`` use ``charrnn_fast._C``.
+Only this file, ``fakes.py`` and ``scaling.py`` use ``charrnn_fast._C``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def has_cuda_kernels() -> bool:
 
 
 def serves_device(device: str, mode: str) -> bool:
-    """Whether calls that torch.nn could serve, too, are better served by our ops there."""
+    """Whether our ops serve calls there that torch.nn's forward could serve as well."""
     if device == "cuda":
         return GATES[mode] == 1 and has_cuda_kernels()
     return device in ("cpu", "meta")
@@ -122,14 +122,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def batch_first(output: Tensor) -> Tensor:
-    """``(B, T, H)`` of a result ``(T, B, H)``; no view of it where that can be had."""
+    """A result ``(T, B, H)`` as ``(B, T, H)``; not a view for autograd, unless compiled."""
     if type(output) is Tensor and not torch.compiler.is_compiling():
         return _C.batch_first(output)
     return output.transpose(0, 1)
 
 
 def squeeze_step(output: Tensor) -> Tensor:
-    """``(B, H)`` of a result ``(1, B, H)``; no view of it where that can be had."""
+    """A result ``(1, B, H)`` as ``(B, H)``; not a view for autograd, unless compiled."""
     if type(output) is Tensor and not torch.compiler.is_compiling():
         return _C.squeeze_step(output)
     return output.squeeze(0)

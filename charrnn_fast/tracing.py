@@ -1,4 +1,4 @@
-"""What watches calls from outside: tensor subclasses, and FX."""
+"""Calls that something else intercepts: tensor subclasses and FX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_foreign(input: Tensor, hx: Any, weights: Sequence[Tensor]) -> bool:
-    """Whether a tensor subclass is among these that would have to know our ops."""
+    """Whether a tensor is of a subclass that intercepts ops, and so would have to know ours."""
     states = hx if isinstance(hx, (tuple, list)) else [hx]
     return any(
         _overrides(tensor) or is_traceable_wrapper_subclass(tensor)
@@ -26,8 +26,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _overrides(tensor: Tensor) -> bool:
-    """Whether its class has a __torch_function__. Unlike has_torch_function, whatever the modes:
-    ``torch.set_default_device`` is one, and changes nothing here."""
+    """Whether its class overrides ``__torch_function__``. Modes do not count, as they do for
+    has_torch_function: ``torch.set_default_device`` is one, and changes nothing here."""
     kind = type(tensor)
     if kind is Tensor or not issubclass(kind, Tensor):  # nn.RNN's checks refuse the latter
         return False

@@ -87,10 +87,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Makes ``folder``, and keeps it from other processes for a while.
+    """Creates ``folder`` and holds its lock within the block.
 
-    The system lets go of the lock when a process ends, however it ends. Raises UsageError where
-    another one holds it, or where the folder cannot be written.
+    The system releases the lock when the process ends, however it ends. Raises UsageError where
+    another process holds it, or where the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,7 @@ def evaluate_lines(model: CharRNN, batches: LineBatches) -> tuple[float, int]:
 
 
 class _evaluating:
-    """Puts a model into evaluation mode for a while."""
+    """Within the block the model is in evaluation mode."""
 
     def __init__(self, model: CharRNN) -> None:
         self.model, self.training = model, model.training

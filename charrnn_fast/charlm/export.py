@@ -1,4 +1,4 @@
-"""The model as an ONNX graph that reads one character a call, its state going in and coming out.
+"""The model as an ONNX graph of one step: a character and the state in, scores and the state out.
 
     tokens [B] int64, state [layers, B, H]  ->  logits [B, V], next_state [layers, B, H]
 
@@ -152,7 +152,7 @@ def export_onnx(model: CharRNN, vocabulary: Vocabulary, path: str | Path) -> Non
 
 @torch.no_grad()
 def difference_in_onnxruntime(model: CharRNN, path: str | Path, steps: int = 200) -> float:
-    """Runs a file of ``export_onnx`` in ONNX Runtime over random characters, the state going round.
+    """Runs a file of ``export_onnx`` in ONNX Runtime on random characters, feeding the state back.
 
     Returns the largest absolute difference from the model's own scores. ImportError without it.
     """

@@ -84,7 +84,7 @@ class Group:
         return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
 
     def share(self, whole: Tensor) -> Tensor:
-        """This process's columns of ``[T, B]``, on its device: the rank's, and every size-th."""
+        """Columns ``rank``, ``rank + size``, ... of ``[T, B]``, on this process's device."""
         mine = whole if self.size == 1 else whole[:, self.rank :: self.size]
         return mine.to(self.device)
 
@@ -111,10 +111,10 @@ class Group:
         return [part.cpu() for part in parts]
 
     def leave(self) -> None:
-        """The end of a process under torchrun, once nothing refers to a ``parallel`` model.
+        """Destroys the process group, once nothing refers to a ``parallel`` model.
 
-        With the last reference to the group its threads end. One that lived on could drop, while
-        the interpreter shuts down, what it holds of a collective, and so abort the process.
+        The group's threads end with the last reference to it. A thread that outlived it could
+        release a collective while the interpreter shuts down, which aborts the process.
         """
         if self.size > 1:
             gc.collect()  # DistributedDataParallel refers to itself

@@ -11,8 +11,8 @@ from charrnn_fast import ops
 class Head(nn.Linear):
     """A linear layer.
 
-    A large product of MKL is cut among the threads at places where its sums run in another order.
-    Those of our kernels are not, and they use all of the instructions of an AMD CPU.
+    MKL splits a large product among threads so that the order of its sums depends on their number.
+    Our kernels do not. They also use every vector extension of an AMD CPU, which MKL may not.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, not as an end in the middle of something."""
+"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
 
 from __future__ import annotations
 

@@ -310,5 +310,5 @@ def bits(nats: float) -> float:
 
 
 def perplexity(nats: float) -> float:
-    """Of a loss of any size."""
+    """``exp`` of a loss in nats a character; infinite where that overflows."""
     return math.exp(nats) if nats < 700 else math.inf

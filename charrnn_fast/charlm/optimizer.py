@@ -20,7 +20,7 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), on one vector.
 
     With ``average``, a decay below 1, an exponential average of the weights is kept besides (Polyak
-    and Juditsky 1992). At the beginning its decay is less, so that it is one of few steps.
+    and Juditsky 1992). Its decay begins lower, so that the initial weights are soon forgotten.
 
     All weights of a model become views of one vector, and their gradients of another one: names and
     shapes stay, but ``grad`` is never None, and is to be filled anew after ``zero_grad``.
@@ -84,7 +84,7 @@ class AdamW:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model has the average of its weights for a while, where one is kept."""
+        """Within the block the model has the average of its weights, where one is kept."""
         if self.average is None:
             yield
             return
@@ -102,14 +102,14 @@ class AdamW:
         return dict(zip(self.names, self._views(self.average), strict=True))
 
     def load_averages(self, averages: dict[str, Tensor]) -> None:
-        """What ``averages`` gave, after ``load_state``."""
+        """Copies what ``averages`` gave; to be called after ``load_state``."""
         for name, own in self.averages().items():
             own.copy_(averages[name])
         self.count = int(self.steps.item())
 
     def state(self) -> dict[str, Tensor]:
-        """What a later optimizer goes on with: ``step``, and for each weight ``NAME.exp_avg`` and
-        ``NAME.exp_avg_sq``. They are no copies."""
+        """The state as ``load_state`` reads it: ``step``, and for each weight ``NAME.exp_avg`` and
+        ``NAME.exp_avg_sq``; no copies."""
         state = {"step": self.steps}
         for key, vector in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for name, view in zip(self.names, self._views(vector), strict=True):
@@ -117,7 +117,12 @@ class AdamW:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """KeyError for a tensor that is missing, ValueError for one of another shape."""
+        """Copies what ``state`` gave.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a tensor has another shape.
+        """
         for key, own in self.state().items():
             if state[key].shape != own.shape:
                 raise ValueError(

@@ -47,8 +47,8 @@ class Run:
     def begun(
         self, config: ModelConfig, vocabulary: Vocabulary, training: dict[str, Any], step: int
     ) -> Iterator[None]:
-        """Keeps other trainings away, and sees to it that the settings of a run that starts, or
-        goes on from ``step``, are written. May be entered again within.
+        """Holds the folder's lock, and on the first entry writes the settings of a run that starts
+        or resumes at ``step``. Reentrant.
 
         UsageError where another training is writing, or has been here since this one looked.
         """
