@@ -207,8 +207,8 @@ wheels: $(VENV)/.installed
 test-wheels: $(VENV)/.installed
 	$(BIN)/python tools/wheels.py test $(MODULE_TESTS) $(ARGS)
 
-# The two commands, pip's ways of installing, and what is said where something is missing, in fresh
-# clones of HEAD and fresh environments.
+# `make build`, pip's ways of installing, and what is said where something is missing, in fresh clones
+# of HEAD and fresh environments.
 test-install: $(VENV)/.installed
 	tools/test_install.sh $(BIN)/python
 
