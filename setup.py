@@ -2,7 +2,8 @@
 
 charrnn_fast/libcharrnn_fast_kernels.so holds the kernels, which know no torch. The extension that
 binds them to a torch, charrnn_fast._C, is thin: a wheel has one for each minor version of torch.
-A step whose command and files are as at the last build is not done again.
+A step whose command and files are as at the last build is not done again (tools/steps.py);
+tools/toolchain.py finds torch, the compiler and CUDA.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations), CHARRNN_FAST_CUDA (1 builds the CUDA
 sources too, 0 does not; by default they are where torch has CUDA and its toolkit is found),

@@ -59,7 +59,7 @@ def test_every_page_is_linked_from_the_readme():
 @pytest.mark.parametrize("name", ["design.md", "extending.md"])
 def test_named_files_exist(name):
     """Each `file.ext` is one of the sources; a capital NAME stands for any."""
-    files = {path.name for folder in ("csrc", "charrnn_fast", "tests", "benchmarks")
+    files = {path.name for folder in ("csrc", "charrnn_fast", "tests", "tools", "benchmarks")
              for path in (ROOT / folder).rglob("*")} | {"setup.py"}  # fmt: skip
     if not (ROOT / "benchmarks").exists():
         pytest.skip("runs apart from the sources")
