@@ -1,5 +1,6 @@
 """bfloat16 and float16 in the kernels: accuracy, dtypes, autocast, special values, same bits."""
 
+import contextlib
 import copy
 import itertools
 
@@ -215,6 +216,18 @@ def test_autocast_of_the_cell(kind, dtype):
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
+@contextlib.contextmanager
+def without_onednn():
+    """oneDNN's results are of the lower precision, on the CPUs where it serves a call."""
+    # torch.backends.mkldnn.flags sets TF32 as well, and torch warns of it.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("layout", ["padded", "packed", "packed float32", "unbatched"])
 def test_autocast_of_states(kind, dtype, layout):
@@ -235,8 +248,7 @@ def test_autocast_of_states(kind, dtype, layout):
     for hx in states:
         with torch.autocast("cpu", dtype=dtype):
             got = flat(ours(x, hx))
-            # oneDNN's results are of the lower precision, on the CPUs where it serves the call.
-            with torch.backends.mkldnn.flags(enabled=False):
+            with without_onednn():
                 want = flat(stock(x, hx))
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
