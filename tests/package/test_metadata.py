@@ -6,6 +6,8 @@ from importlib import metadata
 import pytest
 import torch
 from built import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import charrnn_fast
 
@@ -70,6 +72,22 @@ def test_the_lock_names_all_that_testing_and_linting_installs() -> None:
             seen.add(needed)
             wanted.append(needed)
     assert seen - {"torch"} <= locked
+
+
+def test_the_lock_has_one_version_of_each_package() -> None:
+    """For one Python: pip finds no answer to two, and `make dist` is run too seldom to tell."""
+    lock = ROOT / "requirements" / "ci.txt"
+    if not lock.exists():
+        pytest.skip("not run from the source tree")
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if "==" in line]
+    for python in ("3.10", "3.11", "3.14"):
+        names = [
+            canonicalize_name(pin.name)
+            for pin in pins
+            if pin.marker is None or pin.marker.evaluate({"python_version": python})
+        ]
+        assert len(pins) / 2 < len(names) == len(set(names)), python
 
 
 @needs_metadata
