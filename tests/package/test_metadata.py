@@ -87,7 +87,7 @@ def test_the_lock_has_one_version_of_each_package() -> None:
             for pin in pins
             if pin.marker is None or pin.marker.evaluate({"python_version": python})
         ]
-        assert len(pins) / 2 < len(names) == len(set(names)), python
+        assert len(names) == len(set(names)) > 40, python
 
 
 @needs_metadata
