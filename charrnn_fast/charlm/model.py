@@ -251,6 +251,7 @@ def build_model(
     recurrent_init: RecurrentInit = "uniform",
     seed: int | None = None,
     forget_bias: float = 0.0,
+    input_scale: float = 1.0,
 ) -> CharRNN:
     """A model with fresh weights: the same ones for the same ``seed`` whatever the backend.
 
@@ -263,6 +264,10 @@ def build_model(
         seed: of PyTorch's random numbers; None: as they are.
         forget_bias: where an LSTM's forget gates begin, sigmoid of it; 0: PyTorch's initialisation
             (Jozefowicz, Zaremba and Sutskever 2015 propose 1).
+        input_scale: factor on the W_ih of the first layer where it reads one-hot vectors. 1 is
+            PyTorch's initialisation, which expects H inputs of size one: a single one hardly moves
+            the state, so that the first hundreds of steps only learn how frequent characters are.
+            8 makes it move as much as by a normal embedding of 64.
 
     Raises:
         UsageError: the backend is unknown, or has no such cell.
@@ -287,6 +292,8 @@ def build_model(
         **({"nonlinearity": config.nonlinearity} if config.cell == "rnn" else {}),
     )
     model = CharRNN(config, rnn)
+    if not config.embedding_size:
+        rnn.weight_ih_l0.detach().mul_(input_scale)
     if recurrent_init == "orthogonal":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the bits of a QR decomposition depend on it

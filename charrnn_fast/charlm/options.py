@@ -89,6 +89,10 @@ class TrainOptions:
     weight_dropout: float = option(0.0, "dropout of recurrent weights", "wdrop", below=1.0)
     locked_dropout: bool = option(False, "the same dropout at every step of a sequence")
     recurrent_init: RecurrentInit = option("orthogonal", "how recurrent weights begin")
+    input_scale: float = option(
+        8.0, "factor on the first input weights of one-hot characters, as PyTorch draws them",
+        open=True,
+    )  # fmt: skip
     forget_bias: float = option(1.0, "where an LSTM's forget gates begin", least=-math.inf)
     batch_size: int = option(50, "sequences side by side", least=1)
     seq_length: int = option(50, "characters that gradients flow through", "block_size", least=1)
@@ -182,6 +186,8 @@ def unused(options: TrainOptions) -> list[str]:
     default, notes = TrainOptions(), []
     if options.lines and options.seq_length != default.seq_length:
         notes.append("--lines reads whole lines: --seq-length has no effect")
+    if options.embedding_size and options.input_scale != default.input_scale:
+        notes.append("--embedding-size replaces one-hot vectors: --input-scale has no effect")
     return notes
 
 
@@ -229,7 +235,7 @@ def resumed_options(folder: str | os.PathLike[str], changes: dict[str, Any]) -> 
 
 def saved_options(saved: dict[str, Any]) -> TrainOptions:
     """The options that a run's config.json holds; UsageError for values of the wrong kind."""
-    saved = {"cell": "rnn", **saved}  # runs from before there was a choice
+    saved = {"cell": "rnn", "input_scale": 1.0, **saved}  # runs from before there was a choice
     try:
         return TrainOptions(**{name: saved[name] for name in option_names() if name in saved})
     except UsageError as error:

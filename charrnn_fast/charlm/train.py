@@ -124,6 +124,7 @@ class Trainer:
             options.recurrent_init,
             options.seed,
             options.forget_bias,
+            options.input_scale,
         )
         if source is not None and known is not None:
             adapt(self.model, self.vocabulary, source, known)

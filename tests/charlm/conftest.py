@@ -35,10 +35,11 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options(text: Path, tmp_path: Path) -> TrainOptions:
-    """A training of a second: about 2900 characters, 16 hidden units."""
+    """A training of a second: about 2900 characters, 16 hidden units of the simplest cell."""
     return TrainOptions(
         text=str(text),
         out_dir=str(tmp_path / "run"),
+        cell="rnn",
         hidden_size=16,
         batch_size=8,
         seq_length=16,

@@ -20,8 +20,8 @@ def test_sides_must_agree_before_they_are_timed(options, monkeypatch):
     monkeypatch.setattr(
         import_module("charrnn_fast.charlm.train"),
         "build_model",
-        lambda config, backend, init, seed, bias: build_model(
-            config, backend, init, seed + (backend == "fast")
+        lambda config, backend, init, seed, *more: build_model(
+            config, backend, init, seed + (backend == "fast"), *more
         ),
     )
     with pytest.raises(RuntimeError, match="do not agree"):

@@ -115,6 +115,16 @@ def test_orthogonal_weights_are_orthogonal_gate_by_gate(cell):
         torch.testing.assert_close(gate @ gate.T, torch.eye(24))
 
 
+def test_weights_of_one_hot_inputs_begin_larger(cell):
+    """Those of the first layer, where there is no embedding; in every gate, and no other weight."""
+    for embedding in (0, 3):
+        config = ModelConfig(5, 4, 2, cell=cell, embedding_size=embedding)
+        plain = build_model(config, "torch", seed=1).state_dict()
+        for name, value in build_model(config, "torch", seed=1, input_scale=8.0).named_parameters():
+            larger = name == "rnn.weight_ih_l0" and not embedding
+            assert torch.equal(value, plain[name] * (8 if larger else 1)), name
+
+
 def test_forget_gates_begin_open():
     """Where the two biases of an LSTM's forget gate add up to what was asked for; elsewhere not."""
     rnn = build_model(ModelConfig(5, 4, 2, cell="lstm"), "torch", seed=1, forget_bias=1.5).rnn
@@ -288,12 +298,14 @@ def test_what_was_saved_before_there_were_cells(options, trained, version):
     known = ("vocab_size", "hidden_size", "num_layers", "nonlinearity", "dropout")
     settings["model"] = {name: settings["model"][name] for name in known}
     new = set(asdict(trained.config)) - set(known)
+    new.add("input_scale")
     settings["training"] = {k: v for k, v in settings["training"].items() if k not in new}
     settings["format_version"] = version
     path.write_text(json.dumps(settings))
     assert from_pretrained(trained.folder).model.config == trained.config
     longer = train(out_dir=trained.folder, resume=True, max_epochs=3, say=None)
     assert longer.config.cell == "rnn"
+    assert longer.options.input_scale == 1
 
 
 @pytest.mark.parametrize("embedding", [0, 7])

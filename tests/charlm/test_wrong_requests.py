@@ -117,6 +117,13 @@ def test_seq_length_beside_lines(text, tmp_path, capsys):
     assert "note: --lines reads whole lines: --seq-length has no effect" in capsys.readouterr().out
 
 
+def test_input_scale_beside_an_embedding(text, tmp_path, capsys):
+    changed = ["--embedding-size", "4", "--input-scale", "1"]
+    assert main(["train", str(text), *SMALL, *changed, "--out-dir", str(tmp_path / "run")]) == 0
+    note = "note: --embedding-size replaces one-hot vectors: --input-scale has no effect"
+    assert note in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ids", [[], [1]])
 def test_texts_without_a_character_to_predict(ids):
     model = build_model(ModelConfig(3, 4, 1), "torch")
