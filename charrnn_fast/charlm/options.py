@@ -19,7 +19,7 @@ from .errors import UsageError
 from .model import Backend, Cell, ModelConfig, Nonlinearity, RecurrentInit
 
 MAX_THREADS = 1024  # with more than the system allows, OpenMP ends the process
-DEFAULT_CELL: Cell = "rnn"
+DEFAULT_CELL: Cell = "gru"
 Schedule = Literal["cosine", "constant"]
 
 
@@ -57,9 +57,9 @@ class TrainOptions:
 
     Example:
         >>> from charrnn_fast.charlm import TrainOptions
-        >>> options = TrainOptions(text="my.txt", cell="gru", hidden_size=256)
-        >>> options.num_layers, options.learning_rate
-        (2, 0.004)
+        >>> options = TrainOptions(text="my.txt", hidden_size=256)
+        >>> options.cell, options.num_layers, options.learning_rate
+        ('gru', 2, 0.004)
     """
 
     text: str | None = option(
@@ -96,7 +96,7 @@ class TrainOptions:
     forget_bias: float = option(1.0, "where an LSTM's forget gates begin", least=-math.inf)
     batch_size: int = option(50, "sequences side by side", least=1)
     seq_length: int = option(50, "characters that gradients flow through", "block_size", least=1)
-    max_epochs: int = option(15, "passes over the text", "epochs", live=True, least=1)
+    max_epochs: int = option(10, "passes over the text", "epochs", live=True, least=1)
     max_iters: int = option(0, "steps, in place of epochs (0: by epochs)", live=True)
     learning_rate: float = option(4e-3, "peak learning rate", "lr", open=True)
     schedule: Schedule = option("cosine", "learning rate after warm-up")
