@@ -159,7 +159,8 @@ class Recurrent(Fused, nn.RNNBase):
             node = fx_call(self, input, hx, lengths, resets, None if cells is False else cells)
             if node is not None:
                 return node
-        if not isinstance(cells, bool):
+        # The older exporter to ONNX makes tensors of all arguments.
+        if not isinstance(cells, bool) and not torch.jit.is_tracing():
             raise TypeError(
                 f"{self._stock.__name__}: return_cell_states must be a bool, "
                 f"got {type(cells).__name__}"

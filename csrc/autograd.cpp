@@ -90,20 +90,6 @@ class Version {
   uint32_t expected_ = 0;
 };
 
-constexpr const char* kChanged =
-    "one of the variables needed for gradient computation has been modified by an inplace "
-    "operation: ";
-
-// The name of an operand that was changed since forward, or null, while this thread runs backward
-// of a layer. The kernels do not read it; the composite formula, and kernels of another ISA than
-// forward's, compute the gates again from all operands.
-thread_local const char* changed_operand = nullptr;
-struct WithChangedOperand {
-  explicit WithChangedOperand(const char* name) : outer(std::exchange(changed_operand, name)) {}
-  ~WithChangedOperand() { changed_operand = outer; }
-  const char* outer;
-};
-
 // An operand. Where backward reads its value, a change before it must be an error; nn.RNN allows
 // changes of the others (the biases, for one), so those are kept as they are.
 struct SavedOperand {
@@ -125,7 +111,7 @@ struct SavedOperand {
   bool unchanged() const { return !kept.defined() || version.unchanged(); }
   // For what backward reads and no hook on saved tensors needs to see, in autograd's words.
   void expect_unchanged(const char* name) const {
-    TORCH_CHECK(unchanged(), kChanged, name, " of size ", kept.sizes());
+    TORCH_CHECK(unchanged(), kOperandChanged, name, " of size ", kept.sizes());
   }
   void reset() {
     saved.reset_data();
@@ -379,11 +365,6 @@ std::vector<Tensor> linear_backward_autograd(c10::DispatchKeySet keys, const Ten
 }
 
 }  // namespace
-
-void expect_unchanged_operands() {
-  TORCH_CHECK(changed_operand == nullptr, kChanged, changed_operand,
-              ", from which the gates are computed again here");
-}
 
 LayerResult call_layer(const Call& call) {
   return unlisted(call, with_arguments(call, [](const auto&... arguments) {

@@ -258,6 +258,20 @@ const char* why_composite(const Call& call) {
   return nullptr;
 }
 
+namespace {
+thread_local const char* changed_operand = nullptr;
+}
+
+WithChangedOperand::WithChangedOperand(const char* name) : outer_(changed_operand) {
+  changed_operand = name;
+}
+WithChangedOperand::~WithChangedOperand() { changed_operand = outer_; }
+
+void expect_unchanged_operands() {
+  TORCH_CHECK(changed_operand == nullptr, kOperandChanged, changed_operand,
+              ", from which the gates are computed again here");
+}
+
 int64_t saved_numbers(std::string_view mode) { return sizes_of(parse_mode(mode)).saved; }
 
 Counters& counters() {

@@ -88,9 +88,23 @@ std::vector<at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& 
                                         const at::Tensor& weight);  // [dx, dW, db]
 }  // namespace composite
 
-// For what computes the gates again in backward, from all operands: RuntimeError where autograd
-// runs it, and an operand that it need not read otherwise was changed in place since forward.
+// The kernels' backward reads few of the operands; the composite formula, and kernels of another
+// ISA than forward's, compute the gates again from all of them. They call
+// expect_unchanged_operands(): a RuntimeError where this thread runs autograd's backward and an
+// operand was changed since forward.
+inline constexpr const char* kOperandChanged =
+    "one of the variables needed for gradient computation has been modified by an inplace "
+    "operation: ";
 void expect_unchanged_operands();
+// While it exists, the operand of this name counts as changed; null: none.
+class WithChangedOperand {
+ public:
+  explicit WithChangedOperand(const char* name);
+  ~WithChangedOperand();
+
+ private:
+  const char* outer_;
+};
 
 // The stack of layers: the op `rnn`. `call` has the weights of all of them, and the states side by
 // side.
