@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gpu
@@ -37,17 +38,19 @@ def run(command, **environment):
 
 
 def compile_all(sources, folder, *flags):
-    objects = []
-    for source in sources:
-        objects.append(str(folder / (Path(source).name + ".o")))
+    def compile_one(source):
+        target = str(folder / (Path(source).name + ".o"))
         code, text = run(
             [
                 *(*COMPILER, "-std=c++20", "-O2", "-Wno-unknown-pragmas", "-Icsrc", "-Itests/cuda"),
-                *(*flags, "-x", "c++", "-c", source, "-o", objects[-1]),
+                *(*flags, "-x", "c++", "-c", source, "-o", target),
             ]
         )
         assert code == 0, text
-    return objects
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
 
 
 def build_program(folder, *flags):
