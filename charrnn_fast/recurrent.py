@@ -147,7 +147,7 @@ class Recurrent(Fused, nn.RNNBase):
         hx: State | None,
         lengths: Any,
         resets: Tensor | None,
-        cells: bool = False,
+        cells: Any = False,
     ) -> Any:
         """``forward`` outside of TorchScript: ``(output, state)``, and the cell states if asked."""
         compiling = _is_compiling()
