@@ -160,7 +160,7 @@ class Recurrent(Fused, nn.RNNBase):
             if node is not None:
                 return node
         # The older exporter to ONNX makes tensors of all arguments.
-        if not isinstance(cells, bool) and not torch.jit.is_tracing():
+        if not isinstance(cells, bool) and not torch._C._is_tracing():
             raise TypeError(
                 f"{self._stock.__name__}: return_cell_states must be a bool, "
                 f"got {type(cells).__name__}"
