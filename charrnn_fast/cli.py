@@ -15,7 +15,7 @@ from .charlm.errors import TrainingDiverged, UsageError
 
 EXAMPLES = """\
 examples:
-  charrnn-fast demo                                 everything at once, in about a minute
+  charrnn-fast demo                                 everything at once, in about two minutes
   charrnn-fast train                                learn from the text that comes with Python
   charrnn-fast train my.txt --out-dir runs/mine     learn from a file of yours
   charrnn-fast train --resume runs/mine             go on after Ctrl-C or a crash

@@ -6,6 +6,7 @@ CHARRNN_FAST_DRY_RUN names a library of emulated kernels, which then stand for t
 import ctypes
 import json
 import os
+import time
 
 LIBRARY = os.environ.get("CHARRNN_FAST_DRY_RUN", "")  # of emulated kernels; "": a device
 DEVICE = "cpu" if LIBRARY else "cuda"
@@ -15,6 +16,14 @@ CELLS = ("RNN", "LSTM", "GRU")
 def say(**result):
     """One result, for the process that collects them."""
     print("RESULT " + json.dumps(result), flush=True)
+
+
+def is_over(deadline, part, name):
+    """Whether the time is up: then the report says what it did not come to."""
+    over = time.monotonic() > deadline
+    if over:
+        say(part=part, name="time was up before " + name, ok=False)
+    return over
 
 
 def say_failed(part, name, error):

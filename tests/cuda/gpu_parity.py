@@ -2,9 +2,8 @@
 
 import inspect
 import itertools
-import time
 
-from gpu_device import CELLS, DEVICE, LIBRARY, layers_run, say, say_failed, setup
+from gpu_device import CELLS, DEVICE, LIBRARY, is_over, layers_run, say, say_failed, setup
 
 
 def flat(tensors):
@@ -80,8 +79,7 @@ def parity(deadline):
     torch, charrnn_fast = setup()
     for cell, H, dtype, kind, options in parity_cases(torch, charrnn_fast):
         name = f"{cell} H={H} {str(dtype).removeprefix('torch.')} {kind} {options}"
-        if time.monotonic() > deadline:
-            say(part="parity", name="time was up before " + name, ok=False)
+        if is_over(deadline, "parity", name):
             return
         try:
             parity_case(torch, charrnn_fast, cell, H, dtype, kind, options, name)

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 
-from gpu_device import CELLS, DEVICE, LIBRARY, layers_run, say, say_failed, setup
+from gpu_device import CELLS, DEVICE, LIBRARY, is_over, layers_run, say, say_failed, setup
 from gpu_parity import parity
 
 
@@ -62,8 +62,7 @@ def generation(deadline):
         if LIBRARY and cell != "rnn":  # a device has the loop for these, the CPU another kernel
             say(part="generation", name=name, ok=True, skipped="not emulated")
             continue
-        if time.monotonic() > deadline:
-            say(part="generation", name="time was up before " + name, ok=False)
+        if is_over(deadline, "generation", name):
             return
         try:
             more = {"cell": cell} if "cell" in fields else {}
@@ -92,8 +91,7 @@ def capture(deadline):
         if LIBRARY or not hasattr(charrnn_fast, cell):
             say(part="capture", name=name, ok=True, skipped="wants a device, and the module")
             continue
-        if time.monotonic() > deadline:
-            say(part="capture", name="time was up before " + name, ok=False)
+        if is_over(deadline, "capture", name):
             return
         try:
             module = getattr(charrnn_fast, cell)(16, H, device="cuda")
