@@ -265,9 +265,10 @@ class Arena {
 // cache.
 constexpr int64_t kBlockSlots = 96;
 // Rows of a chunk of steps, whose projections are made together just before they are used, at most;
-// and all their sums, which stay in L2.
+// and all their sums. Few rows would read a large W_ih from L3 at every step, which takes longer
+// than to write their sums there and read them back.
 constexpr int64_t kChunkRows = 192;
-constexpr int64_t kChunkSums = 1 << 16;
+constexpr int64_t kChunkSums = 1 << 19;
 
 }  // namespace
 }  // namespace charrnn_fast
