@@ -3,8 +3,8 @@
 // tanh and sigmoid stand on one core: with |r| <= ln2/2 and x = n ln2 + r, exp(x) = 2^n (1 + p(r)),
 // p(r) = expm1(r) = r + r^2 q(r), and q a polynomial minimising the largest relative error of p
 // (Remez). activate() prefers an ISA's own tanh, where it has one. Accuracy
-// (tests/test_activations.py sweeps it): within 2.5 ulp for float and double; a sigmoid that is no
-// normal number is zero, lest denormals slow down what it is multiplied with.
+// (tests/test_activations.py sweeps it): within 2.5 ulp for float and double; sigmoid is zero where
+// exp is less than about the smallest normal number.
 #pragma once
 
 #include "rnn.h"
@@ -19,13 +19,14 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int kMantissaBits = 23;
-  static constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer
+  // 1.5 * 2^23 + 127: adding it rounds to an integer, and leaves the bits of the exponent of 2^n.
+  static constexpr float kMagic = 12583039.0f;
   static constexpr float kLn2High = 0.693359375f;  // few bits, so that n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kTanhSaturates = 9.1f;     // tanh rounds to 1 from here on
-  static constexpr float kExpIsNormal = 87.33654f;  // exp(-x) is a normal number up to here
-  static constexpr float kExpUnderflows = 110.0f;   // exp(-x) is 0 from here on
-  static constexpr int kTerms = 6;                  // relative error of p: 3.8e-10
+  static constexpr float kTanhSaturates = 9.1f;    // tanh rounds to 1 from here on
+  static constexpr float kExpVanishes = 88.0f;     // n is -127 here, for which 2^n is taken as 0
+  static constexpr float kExpUnderflows = 110.0f;  // exp(-x) is 0 from here on
+  static constexpr int kTerms = 6;                 // relative error of p: 3.8e-10
   static constexpr float kQ[kTerms] = {0.5000000004f,   0.1666666631f,   0.0416664716f,
                                        0.008333416274f, 0.001393395312f, 0.0001982654532f};
 };
@@ -33,11 +34,11 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int kMantissaBits = 52;
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMagic = 6755399441056767.0;  // 1.5 * 2^52 + 1023
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kTanhSaturates = 19.1;
-  static constexpr double kExpIsNormal = 708.3964185322641;
+  static constexpr double kExpVanishes = 709.0;
   static constexpr double kExpUnderflows = 760.0;
   static constexpr int kTerms = 11;  // relative error of p: 2.7e-19
   static constexpr double kQ[kTerms] = {0.5,
@@ -75,11 +76,29 @@ ALWAYS_INLINE Vec<scalar> reduced_expm1(Vec<scalar> x, Vec<scalar>& magic_plus_n
   return multiply_add(square, q, r);
 }
 
-// 2^n for n in the normal range, given as an integer vector.
+// 2^n from the bits of kMagic + n, for n in the normal range; 0 for the n below it. All bits of
+// kMagic but those of the exponent of one are shifted out.
 template <typename scalar>
-ALWAYS_INLINE Vec<scalar> power_of_two(Vec<Bits<scalar>> n) {
-  const Vec<Bits<scalar>> one = bit_cast<Vec<Bits<scalar>>>(broadcast(scalar{1}));
-  return bit_cast<Vec<scalar>>((n << ExpConstants<scalar>::kMantissaBits) + one);
+ALWAYS_INLINE Vec<scalar> power_of_two(Vec<Bits<scalar>> magic_plus_n) {
+  return bit_cast<Vec<scalar>>(magic_plus_n << ExpConstants<scalar>::kMantissaBits);
+}
+
+// A NaN stays, in both.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> at_most(Vec<scalar> x, scalar limit) {
+#ifdef CHARRNN_FAST_MINIMUM
+  return minimum(broadcast(limit), x);
+#else
+  return select<scalar>(x > broadcast(limit), broadcast(limit), x);
+#endif
+}
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> at_least(Vec<scalar> x, scalar limit) {
+#ifdef CHARRNN_FAST_MINIMUM
+  return maximum(broadcast(limit), x);
+#else
+  return select<scalar>(x < broadcast(limit), broadcast(limit), x);
+#endif
 }
 
 template <typename scalar>
@@ -102,12 +121,9 @@ ALWAYS_INLINE Vec<scalar> minus_magnitude(Vec<scalar> x) {
 // digits.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> tanh(Vec<scalar> x) {
-  Vec<scalar> z = magnitude<scalar>(x);
-  const Vec<scalar> limit = broadcast(ExpConstants<scalar>::kTanhSaturates);
-  z = select<scalar>(z > limit, limit, z);  // this way round a NaN stays
+  const Vec<scalar> z = at_most<scalar>(magnitude<scalar>(x), ExpConstants<scalar>::kTanhSaturates);
   Vec<scalar> magic_plus_n;
   const Vec<scalar> p = reduced_expm1<scalar>(z + z, magic_plus_n);
-  // The shift in power_of_two drops the bits of kMagic, which are all above those of n.
   const Vec<scalar> s = power_of_two<scalar>(bit_cast<Vec<Bits<scalar>>>(magic_plus_n));
   const Vec<scalar> e = multiply_add(s, p, s - broadcast(scalar{1}));
   const Vec<scalar> result = e / (e + broadcast(scalar{2}));
@@ -117,35 +133,38 @@ ALWAYS_INLINE Vec<scalar> tanh(Vec<scalar> x) {
 // exp(x) for x <= 0. A NaN stays.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> exp_of_nonpositive(Vec<scalar> x) {
-  const Vec<scalar> limit = broadcast(-ExpConstants<scalar>::kExpUnderflows);
-  x = select<scalar>(x < limit, limit, x);
+  Vec<scalar> magic_plus_n;
+  const Vec<scalar> p = reduced_expm1<scalar>(
+      at_least<scalar>(x, -ExpConstants<scalar>::kExpUnderflows), magic_plus_n);
+  // 2^n may be denormal: scale in two steps.
+  const auto magic = bit_cast<Vec<Bits<scalar>>>(broadcast(ExpConstants<scalar>::kMagic));
+  const auto n = bit_cast<Vec<Bits<scalar>>>(magic_plus_n) - magic;
+  const auto half = n >> 1;
+  return (broadcast(scalar{1}) + p) * power_of_two<scalar>(magic + half) *
+         power_of_two<scalar>(magic + (n - half));
+}
+
+// exp(x) for x >= -kExpVanishes, where it is 0, and x <= kExpVanishes.
+template <typename scalar>
+ALWAYS_INLINE Vec<scalar> exp_of_limited(Vec<scalar> x) {
   Vec<scalar> magic_plus_n;
   const Vec<scalar> p = reduced_expm1<scalar>(x, magic_plus_n);
-  const Vec<Bits<scalar>> n = bit_cast<Vec<Bits<scalar>>>(magic_plus_n) -
-                              bit_cast<Vec<Bits<scalar>>>(broadcast(ExpConstants<scalar>::kMagic));
-  // 2^n may be denormal: scale in two steps.
-  const Vec<Bits<scalar>> half = n >> 1;
-  return (broadcast(scalar{1}) + p) * power_of_two<scalar>(half) * power_of_two<scalar>(n - half);
+  const Vec<scalar> s = power_of_two<scalar>(bit_cast<Vec<Bits<scalar>>>(magic_plus_n));
+  return multiply_add(s, p, s);
 }
 
-// exp(-|x|), or zero where that is no normal number. A NaN stays.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> exp_of_minus_magnitude(Vec<scalar> x) {
-  const Vec<scalar> z = minus_magnitude<scalar>(x);
-  const Vec<Bits<scalar>> vanishes = z < broadcast(-ExpConstants<scalar>::kExpIsNormal);
-  Vec<scalar> magic_plus_n;
-  const Vec<scalar> p = reduced_expm1<scalar>(z, magic_plus_n);
-  const Vec<scalar> s = power_of_two<scalar>(bit_cast<Vec<Bits<scalar>>>(magic_plus_n));
-  const Vec<scalar> e = multiply_add(s, p, s);
-  return bit_cast<Vec<scalar>>(bit_cast<Vec<Bits<scalar>>>(e) & ~vanishes);
+  return exp_of_limited<scalar>(
+      at_least<scalar>(minus_magnitude<scalar>(x), -ExpConstants<scalar>::kExpVanishes));
 }
 
-// With e = exp(-|x|): 1/(1+e) for x >= 0, e/(1+e) below, so that tiny results keep their digits.
+// e / (1 + e) with e = exp(x): tiny results keep their digits.
 template <typename scalar>
 ALWAYS_INLINE Vec<scalar> sigmoid(Vec<scalar> x) {
-  const Vec<scalar> one = broadcast(scalar{1});
-  const Vec<scalar> e = exp_of_minus_magnitude<scalar>(x);
-  return select<scalar>(bit_cast<Vec<Bits<scalar>>>(x) < 0, e, one) / (one + e);
+  constexpr scalar limit = ExpConstants<scalar>::kExpVanishes;
+  const Vec<scalar> e = exp_of_limited<scalar>(at_least<scalar>(at_most<scalar>(x, limit), -limit));
+  return e / (broadcast(scalar{1}) + e);
 }
 
 template <typename scalar>

@@ -32,6 +32,13 @@ ALWAYS_INLINE __m256d plus_product(__m256d sum, __m256d a, __m256d b) {
   return sum;
 }
 
+// Of a NaN and a number the second operand.
+#define CHARRNN_FAST_MINIMUM
+ALWAYS_INLINE __m256 minimum(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+ALWAYS_INLINE __m256d minimum(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+ALWAYS_INLINE __m256 maximum(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+ALWAYS_INLINE __m256d maximum(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+
 // Loads only: masked stores take many times as long on some CPUs.
 #define CHARRNN_FAST_MASKED_LOAD
 constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};

@@ -23,6 +23,13 @@ ALWAYS_INLINE __m512d multiply_add(__m512d a, __m512d b, __m512d c) {
 // variable never set.
 constexpr __mmask16 kAll = 0xFFFF;
 
+// Of a NaN and a number the second operand.
+#define CHARRNN_FAST_MINIMUM
+ALWAYS_INLINE __m512 minimum(__m512 a, __m512 b) { return _mm512_maskz_min_ps(kAll, a, b); }
+ALWAYS_INLINE __m512d minimum(__m512d a, __m512d b) { return _mm512_maskz_min_pd(0xFF, a, b); }
+ALWAYS_INLINE __m512 maximum(__m512 a, __m512 b) { return _mm512_maskz_max_ps(kAll, a, b); }
+ALWAYS_INLINE __m512d maximum(__m512d a, __m512d b) { return _mm512_maskz_max_pd(0xFF, a, b); }
+
 #define CHARRNN_FAST_MASKED_LOAD
 ALWAYS_INLINE __m512 masked_load(const float* p, int64_t n) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
@@ -46,7 +53,7 @@ ALWAYS_INLINE __m512 tanh_by_pieces(__m512 x) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
   const __m512 magnitude = _mm512_castsi512_ps(_mm512_castps_si512(x) & ~sign);
   // In this order a NaN stays, and whatever is looked up for it makes a NaN.
-  const __m512 z = _mm512_maskz_min_ps(kAll, _mm512_set1_ps(kTanhSaturates), magnitude);
+  const __m512 z = minimum(_mm512_set1_ps(kTanhSaturates), magnitude);
   const __m512i piece = _mm512_maskz_srli_epi32(
       kAll, _mm512_castps_si512(z + _mm512_set1_ps(kTanhOffset)), kTanhShift);
   const auto look_up = [&](const float* row) __attribute__((always_inline)) {

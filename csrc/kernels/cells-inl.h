@@ -1,7 +1,8 @@
 // The cells: what a hidden unit makes of its sums in a step, and of the gradient of h in backward.
 //
 // All other code needs only the numbers of sizes_of(). A cell is given its sums as vectors of
-// units. forward() returns h and leaves in saved[] what backward() wants; c is updated in place.
+// units. Forward has two halves, as what a gated cell does last waits for activations itself:
+// begin() updates c and returns what end() makes h of; they leave in saved[] what backward() wants.
 // backward() turns dh, the gradient of h, into deltas, the gradients of the sums; `carry` is what
 // goes on elementwise to the step before: dc of an LSTM, dh*z of a GRU.
 #pragma once
@@ -20,10 +21,17 @@ struct Elman {
   static constexpr bool kCarries = false;
   static constexpr bool kAddsCarry = false;  // the carry is part of dh, not of dc
   static constexpr int kRotation = 0;        // of the rows of W_ih: see sum_of_row()
+  static constexpr int kSavedAtEnd = -1;     // what of saved[] end() leaves
 
   template <typename Sum>
-  static ALWAYS_INLINE Vec<Sum> forward(const Vec<Sum>* sums, Vec<Sum>, Vec<Sum>&, Vec<Sum>*) {
-    return activate<activation, Sum>(sums[0]);
+  using Midway = Vec<Sum>;
+  template <typename Sum>
+  static ALWAYS_INLINE Midway<Sum> begin(const Vec<Sum>* sums, Vec<Sum>&, Vec<Sum>*) {
+    return sums[0];
+  }
+  template <typename Sum>
+  static ALWAYS_INLINE Vec<Sum> end(Midway<Sum> sum, Vec<Sum>, Vec<Sum>*) {
+    return activate<activation, Sum>(sum);
   }
   // y stands for what is saved.
   template <typename Sum>
@@ -40,17 +48,25 @@ struct Lstm {
   static constexpr bool kCarries = true;
   static constexpr bool kAddsCarry = false;
   static constexpr int kRotation = 0;
+  static constexpr int kSavedAtEnd = -1;
 
   template <typename Sum>
-  static ALWAYS_INLINE Vec<Sum> forward(const Vec<Sum>* sums, Vec<Sum>, Vec<Sum>& c,
-                                        Vec<Sum>* saved) {
+  struct Midway {
+    Vec<Sum> c, o;
+  };
+  template <typename Sum>
+  static ALWAYS_INLINE Midway<Sum> begin(const Vec<Sum>* sums, Vec<Sum>& c, Vec<Sum>* saved) {
     const Vec<Sum> i = activate<Cell::kSigmoid, Sum>(sums[0]);
     const Vec<Sum> f = activate<Cell::kSigmoid, Sum>(sums[1]);
     const Vec<Sum> g = activate<Cell::kTanh, Sum>(sums[2]);
     const Vec<Sum> o = activate<Cell::kSigmoid, Sum>(sums[3]);
     c = multiply_add(f, c, i * g);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
-    return o * activate<Cell::kTanh, Sum>(c);
+    return {c, o};
+  }
+  template <typename Sum>
+  static ALWAYS_INLINE Vec<Sum> end(const Midway<Sum>& at, Vec<Sum>, Vec<Sum>*) {
+    return at.o * activate<Cell::kTanh, Sum>(at.c);
   }
   template <typename Sum>
   static ALWAYS_INLINE void backward(Vec<Sum> dh, const Vec<Sum>* saved, Vec<Sum> c,
@@ -78,20 +94,27 @@ struct Gru {
   static constexpr bool kCarries = true;
   static constexpr bool kAddsCarry = true;
   static constexpr int kRotation = 2;
+  static constexpr int kSavedAtEnd = 2;
 
   template <typename Sum>
-  static ALWAYS_INLINE Vec<Sum> forward(const Vec<Sum>* sums, Vec<Sum> h, Vec<Sum>&,
-                                        Vec<Sum>* saved) {
-    const Vec<Sum> zero = {}, one = broadcast(Sum{1});
+  struct Midway {
+    Vec<Sum> n_sum, z;  // as it is saved
+  };
+  template <typename Sum>
+  static ALWAYS_INLINE Midway<Sum> begin(const Vec<Sum>* sums, Vec<Sum>&, Vec<Sum>* saved) {
     const Vec<Sum> r = activate<Cell::kSigmoid, Sum>(sums[1]);
     const Vec<Sum> e = exp_of_minus_magnitude<Sum>(sums[2]);
-    const Vec<Sum> smaller = e / (one + e);
-    const Vec<Sum> n = activate<Cell::kTanh, Sum>(multiply_add(r, sums[3], sums[0]));
-    const Vec<Bits<Sum>> z_is_smaller = sums[2] < zero;
-    saved[0] = r, saved[1] = select<Sum>(z_is_smaller, smaller, -smaller);
-    saved[2] = n, saved[3] = sums[3];
+    const Vec<Sum> smaller = e / (broadcast(Sum{1}) + e);
+    saved[0] = r, saved[1] = select<Sum>(sums[2] < Vec<Sum>{}, smaller, -smaller);
+    saved[3] = sums[3];
+    return {multiply_add(r, sums[3], sums[0]), saved[1]};
+  }
+  template <typename Sum>
+  static ALWAYS_INLINE Vec<Sum> end(const Midway<Sum>& at, Vec<Sum> h, Vec<Sum>* saved) {
+    const Vec<Sum> n = saved[2] = activate<Cell::kTanh, Sum>(at.n_sum);
+    const Vec<Bits<Sum>> z_is_smaller = bit_cast<Vec<Bits<Sum>>>(at.z) >= 0;
     const Vec<Sum> from = select<Sum>(z_is_smaller, n, h), to = select<Sum>(z_is_smaller, h, n);
-    return multiply_add(smaller, to - from, from);
+    return multiply_add(magnitude<Sum>(at.z), to - from, from);
   }
   template <typename Sum>
   static ALWAYS_INLINE void backward(Vec<Sum> dh, const Vec<Sum>* saved, Vec<Sum>,
@@ -174,32 +197,56 @@ struct ForwardRow {
   scalar* cells;
 };
 
-// A vector of units, n of which exist, from unit j on; at_c is where their c lies.
+// A vector of units, n of which exist, from unit j on: the first half of their step. at_c is where
+// their c lies.
 template <typename CellType, typename scalar>
-ALWAYS_INLINE void forward_units(const Vec<SumOf<scalar>>* sums, Vec<SumOf<scalar>> h_before,
-                                 const ForwardRow<scalar>& row, SumOf<scalar>* at_c, int64_t j,
-                                 int64_t n, int64_t H) {
+ALWAYS_INLINE auto begin_units(const Vec<SumOf<scalar>>* sums, const ForwardRow<scalar>& row,
+                               SumOf<scalar>* at_c, int64_t j, int64_t n, int64_t H) {
   using Sum = SumOf<scalar>;
   Vec<Sum> c = {};
   if constexpr (kHasState<CellType>) c = load(at_c);
   [[maybe_unused]] Vec<Sum> saved[CellType::kSizes.saved + 1];
-  const Vec<Sum> h = CellType::template forward<Sum>(sums, h_before, c, saved);
-  store_lanes(row.y + j, h, n);
+  const auto midway = CellType::template begin<Sum>(sums, c, saved);
   if constexpr (kHasState<CellType>) {
     store(at_c, c);
     if (row.cells != nullptr) store_lanes(row.cells + j, c, n);
   }
   if constexpr (CellType::kSizes.saved > 0) {
-    if (row.saved == nullptr) return;
+    if (row.saved == nullptr) return midway;
     const SavedPlace place = saved_place<CellType, Sum>(j, H);
 #pragma GCC unroll 8
     for (int g = 0; g < kSavedGates<CellType>; ++g) {
+      if (g == CellType::kSavedAtEnd) continue;
       store_lanes(row.saved + place.first + g * place.stride, saved[g], n);
     }
     if constexpr (kHasState<CellType>) {
       store_lanes(row.saved + kSavedGates<CellType> * H + j, c, n);
     }
   }
+  return midway;
+}
+
+// The second half.
+template <typename CellType, typename scalar>
+ALWAYS_INLINE void end_units(const typename CellType::template Midway<SumOf<scalar>>& midway,
+                             Vec<SumOf<scalar>> h_before, const ForwardRow<scalar>& row, int64_t j,
+                             int64_t n, int64_t H) {
+  using Sum = SumOf<scalar>;
+  constexpr int kSaved = CellType::kSavedAtEnd;
+  [[maybe_unused]] Vec<Sum> saved[CellType::kSizes.saved + 1];
+  store_lanes(row.y + j, CellType::template end<Sum>(midway, h_before, saved), n);
+  if constexpr (kSaved >= 0) {
+    if (row.saved == nullptr) return;
+    const SavedPlace place = saved_place<CellType, Sum>(j, H);
+    store_lanes(row.saved + place.first + kSaved * place.stride, saved[kSaved], n);
+  }
+}
+
+template <typename CellType, typename scalar>
+ALWAYS_INLINE void forward_units(const Vec<SumOf<scalar>>* sums, Vec<SumOf<scalar>> h_before,
+                                 const ForwardRow<scalar>& row, SumOf<scalar>* at_c, int64_t j,
+                                 int64_t n, int64_t H) {
+  end_units<CellType>(begin_units<CellType>(sums, row, at_c, j, n, H), h_before, row, j, n, H);
 }
 
 // The same, backward. y of Elman cells only.

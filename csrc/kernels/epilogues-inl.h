@@ -15,6 +15,7 @@ namespace {
 template <int sums = 0>
 struct Store {
   static constexpr bool kRecurrence = false;
+  static constexpr bool kHalves = false;     // finish() is begin() and end()
   static constexpr bool kPadded = sums > 0;  // rows of init are whole vectors
   static constexpr bool kInitFirst = false;  // a chain begins with init
   static constexpr bool kPrefetchesAtOnce = false;
@@ -52,6 +53,7 @@ struct Store {
 template <typename CellType>
 struct ForwardOf {
   static constexpr bool kRecurrence = true;
+  static constexpr bool kHalves = kGates<CellType> > 1;
   // Terms far below init would be lost one by one, at every step of a gated cell's long memory.
   static constexpr bool kInitFirst = kSums<CellType> == 1;
   static constexpr bool kPadded = true;
@@ -84,39 +86,58 @@ struct ForwardOf {
     }
   }
 
-  template <int P, typename Args, typename V>
-  static ALWAYS_INLINE void finish(const Args& args, int64_t row, int64_t s, const V* total) {
-    using scalar = typename Args::Scalar;
-    constexpr int L = Args::kLanesOfSum;
-    constexpr int kUnits = P / kGates<CellType>;  // vectors of units; several of one gate only
-    ForwardRow<scalar> at = {
+  template <typename Args>
+  static ALWAYS_INLINE ForwardRow<typename Args::Scalar> row_of_step(const Args& args, int64_t row,
+                                                                     int64_t s) {
+    ForwardRow<typename Args::Scalar> at = {
         .y = args.out[row] + s * args.out_step, .saved = nullptr, .cells = nullptr};
-    typename Args::Sum* c = nullptr;
-    const scalar* h_before = nullptr;
     if constexpr (kHasState<CellType>) {
-      c = args.carry[row] + args.column;
       if (args.cells != nullptr) at.cells = args.cells[row] + s * args.cells_step;
     }
     if constexpr (CellType::kSizes.saved > 0) {
       if (args.saved != nullptr) at.saved = args.saved[row] + s * args.saved_step;
     }
-    if constexpr (kReadsH<CellType>) h_before = args.a[row] + s * args.a_step;
+    return at;
+  }
+
+  // The halves of finish(), for vector u of the units.
+  template <typename Args, typename V>
+  static ALWAYS_INLINE auto begin(const Args& args, int64_t row, int64_t s, const V* total, int u,
+                                  int64_t n) {
+    constexpr int L = Args::kLanesOfSum;
+    const int64_t j = args.column + u * L;
+    V sums[kSums<CellType>];
+    if constexpr (kFirstOfState<CellType> > 0) {
+      const auto* projected = args.projected[row] + s * args.init_step + j * kSums<CellType>;
+#pragma GCC unroll 8
+      for (int k = 0; k < kFirstOfState<CellType>; ++k) sums[k] = load(projected + k * L);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < kGates<CellType>; ++g) {
+      sums[kFirstOfState<CellType> + g] = total[u * kGates<CellType> + g];
+    }
+    typename Args::Sum* c = nullptr;
+    if constexpr (kHasState<CellType>) c = args.carry[row] + j;
+    return begin_units<CellType>(sums, row_of_step(args, row, s), c, j, n, args.H);
+  }
+  template <typename Args>
+  static ALWAYS_INLINE void end(const Args& args, int64_t row, int64_t s, const auto& midway, int u,
+                                int64_t n) {
+    const int64_t j = args.column + u * Args::kLanesOfSum;
+    Vec<typename Args::Sum> h = {};
+    if constexpr (kReadsH<CellType>) h = load_lanes(args.a[row] + s * args.a_step + j, n);
+    end_units<CellType>(midway, h, row_of_step(args, row, s), j, n, args.H);
+  }
+
+  template <int P, typename Args, typename V>
+  static ALWAYS_INLINE void finish(const Args& args, int64_t row, int64_t s, const V* total) {
+    constexpr int L = Args::kLanesOfSum;
+    constexpr int kUnits = P / kGates<CellType>;  // vectors of units; several of one gate only
     const int64_t last_lanes = args.columns - (kUnits - 1) * L;
 #pragma GCC unroll 8
     for (int u = 0; u < kUnits; ++u) {
-      const int64_t j = args.column + u * L, n = u < kUnits - 1 ? L : last_lanes;
-      V sums[kSums<CellType>], h = {};
-      if constexpr (kFirstOfState<CellType> > 0) {
-        const auto* projected = args.projected[row] + s * args.init_step + j * kSums<CellType>;
-#pragma GCC unroll 8
-        for (int k = 0; k < kFirstOfState<CellType>; ++k) sums[k] = load(projected + k * L);
-      }
-#pragma GCC unroll 8
-      for (int g = 0; g < kGates<CellType>; ++g) {
-        sums[kFirstOfState<CellType> + g] = total[u * kGates<CellType> + g];
-      }
-      if constexpr (kReadsH<CellType>) h = load_lanes(h_before + j, n);
-      forward_units<CellType>(sums, h, at, c, j, n, args.H);
+      const int64_t n = u < kUnits - 1 ? L : last_lanes;
+      end(args, row, s, begin(args, row, s, total, u, n), u, n);
     }
   }
 };
@@ -126,6 +147,7 @@ struct ForwardOf {
 template <typename CellType>
 struct BackwardOf {
   static constexpr bool kRecurrence = true;
+  static constexpr bool kHalves = false;
   static constexpr bool kInitFirst = kSums<CellType> == 1;
   static constexpr bool kPadded = false;
   static constexpr bool kPrefetchesAtOnce = true;

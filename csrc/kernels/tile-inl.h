@@ -260,6 +260,16 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
     if constexpr (R * P <= 4 || !End::kRecurrence) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
+    } else if constexpr (End::kHalves) {
+      // Both halves are long chains of latencies. All rows pass the first one before the second,
+      // as a core looks ahead about a row and a half.
+      decltype(End::begin(args, first_row, s, total, 0, args.columns)) midway[R];
+#pragma GCC unroll 1
+      for (int r = 0; r < R; ++r) {
+        midway[r] = End::begin(args, first_row + r, s, total + r * P, 0, args.columns);
+      }
+#pragma GCC unroll 1
+      for (int r = 0; r < R; ++r) End::end(args, first_row + r, s, midway[r], 0, args.columns);
     } else {  // a loop: unrolled, the code outgrows the instruction cache
 #pragma GCC unroll 1
       for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
