@@ -20,9 +20,6 @@ def test_documents_agree_with_the_results(figures):
     assert figures.disagreeing() == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="threads, overhead and training were not measured in the committed results"
-)
 def test_all_figures_are_measured(figures):
     assert figures.missing() == []
 
