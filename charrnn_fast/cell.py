@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from charrnn_fast import ops
-from charrnn_fast.recurrent import (
+from charrnn_fast.fused import (
     ODD,
     Call,
     Fused,

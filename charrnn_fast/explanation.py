@@ -10,6 +10,7 @@ from torch import nn
 
 from charrnn_fast import cell, ops, recurrent
 from charrnn_fast.cell import Cell
+from charrnn_fast.fused import ODD, Call, is_autocast
 from charrnn_fast.recurrent import Recurrent
 
 
@@ -106,7 +107,7 @@ def explain(
         weights, mode = cell.current_weights(module), cell.mode_of(module)
         reason = cell.why_stock(module, input, hx, weights, resets)
     if reason is not None:
-        if reason == recurrent.ODD:
+        if reason == ODD:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 module._stock_forward(input, hx)
         return Explanation(False, reason, isa)
@@ -117,7 +118,7 @@ def explain(
     if call.data.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     device = call.data.device.type
-    if recurrent.is_autocast(device) and weights[0].dtype == torch.float32:
+    if is_autocast(device) and weights[0].dtype == torch.float32:
         low = torch.get_autocast_dtype(device)
         weights = [weight.to(low) for weight in weights]
     reason = ops.why_composite(call.data, call.h0, call.c0, weights, call.resets, mode)
@@ -135,9 +136,7 @@ def explain(
     )
 
 
-def _layers(
-    module: Recurrent | Cell, call: recurrent.Call
-) -> list[tuple[int, int, int, int, int, int]]:
+def _layers(module: Recurrent | Cell, call: Call) -> list[tuple[int, int, int, int, int, int]]:
     """T, B, rows, I, H and directions of each layer of a call."""
     I, H = module.input_size, module.hidden_size
     if call.batch_sizes is not None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
-from charrnn_fast.recurrent import Recurrent, batched_state, describe
+from charrnn_fast.fused import describe
+from charrnn_fast.recurrent import Recurrent, batched_state
 
 
 class LSTM(Recurrent, nn.LSTM):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from charrnn_fast.cell import GRUCell, LSTMCell, RNNCell
+from charrnn_fast.fused import Fused
 from charrnn_fast.gru import GRU
 from charrnn_fast.lstm import LSTM
-from charrnn_fast.recurrent import Fused
 from charrnn_fast.rnn import RNN
 
 _SWAPS: dict[type[nn.Module], type[Fused]] = {

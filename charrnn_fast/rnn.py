@@ -7,7 +7,8 @@ from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
 from charrnn_fast import ops
-from charrnn_fast.recurrent import SELECT_NONLINEARITY, Recurrent, describe
+from charrnn_fast.fused import SELECT_NONLINEARITY, describe
+from charrnn_fast.recurrent import Recurrent
 
 
 class RNN(Recurrent, nn.RNN):
