@@ -67,6 +67,8 @@ class Fused(nn.Module):
         """torch.nn's own forward; what it refuses without naming the argument is named."""
         if _is_compiling():
             return super().forward(input, hx)
+        if isinstance(hx, (tuple, list)):
+            _expect_device(data_of(input), hx[1:])
         try:
             return super().forward(input, hx)
         except (RuntimeError, ValueError) as error:
@@ -74,6 +76,17 @@ class Fused(nn.Module):
             if complaint is None:
                 raise
             raise type(error)(complaint) from error
+
+
+def _expect_device(data: Any, cells: Any) -> None:
+    """Refuses a c of another device: torch 2.9 looks at h alone, and then reads memory of its own
+    that c does not have."""
+    for c in cells:
+        if isinstance(c, Tensor) and isinstance(data, Tensor) and c.device != data.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{data.device} and hidden tensor at {c.device}"
+            )
 
 
 def _complaint(module: Fused, input: Any, hx: Any, error: str) -> str | None:

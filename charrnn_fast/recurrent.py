@@ -389,11 +389,19 @@ def as_lengths(lengths: Any, batched: bool) -> Tensor:
 
 
 def _check_packed(module: Recurrent, input: PackedSequence, hx: Any) -> None:
-    """What nn.LSTM does not look at, and computes with what lies past the end."""
+    """What nn.LSTM, some versions of it, does not look at: it computes with what lies past the end,
+    or dies."""
     if not has_pair(module) or input.data.dim() != 2:
         return
     if input.data.shape[-1] != module.input_size:
         module.check_input(input.data, input.batch_sizes)
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    for state in hx if isinstance(hx, (tuple, list)) else ():
+        if isinstance(state, Tensor) and state.dim() == 3 and state.shape[0] < rows:
+            raise IndexError(
+                f"select(): index {state.shape[0]} out of range for tensor of size "
+                f"{list(state.shape)} at dimension 0"
+            )
     if input.sorted_indices is None and isinstance(hx, (tuple, list)):
         B = int(input.batch_sizes[0])
         if any(isinstance(h, Tensor) and h.dim() == 3 and h.shape[1] > B for h in hx):

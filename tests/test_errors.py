@@ -65,17 +65,18 @@ CALLS = {
 STATES = {
     "c of another size": lambda h: (h, torch.zeros(2, 2, 6)),
     "c of another batch": lambda h: (h, torch.zeros(2, 3, 5)),
-    "c of other layers": lambda h: (h, torch.zeros(1, 2, 5)),
     "2-D c": lambda h: (h, torch.zeros(2, 5)),
     "2-D h": lambda h: (torch.zeros(2, 5), h),
     "h of another size": lambda h: (torch.zeros(2, 2, 6), h),
     "double c": lambda h: (h, h.double()),
     "double h": lambda h: (h.double(), h),
-    "meta c": lambda h: (h, h.to("meta")),
     "one tensor": lambda h: h,
 }
-# torch.nn's words name other numbers there, or none.
-OTHER_NUMBERS = ("double hx", "no input", "packed without steps", "double c", "double h")
+# torch.nn's words name other numbers there, or none; of some of them in some versions only.
+OTHER_NUMBERS = (
+    *("double hx", "no input", "packed of another size", "packed without steps"),
+    *("c of another batch", "double c", "double h"),
+)
 
 
 def assert_same_refusal(call, stock, ours, numbers=True):
@@ -122,6 +123,20 @@ def test_errors_of_one_state_of_two(call):
             assert_same_refusal(lambda m: m(X, hx), stock, ours, numbers)
             packed = pack_sequence([torch.zeros(4, 3)] * 2)
             assert_same_refusal(lambda m: m(packed, hx), stock, ours, numbers)
+
+
+def test_c_that_torch_dies_of():
+    """A c of another device or of fewer layers: torch 2.9's own LSTM reads memory that it lacks."""
+    ours, cell = charrnn_fast.LSTM(3, 5, 2), charrnn_fast.LSTMCell(3, 5)
+    h = torch.zeros(2, 2, 5)
+    packed = pack_sequence([torch.zeros(4, 3)] * 2)
+    for input in (X, packed):
+        with pytest.raises(RuntimeError, match="device.*meta"):
+            ours(input, (h, h.to("meta")))
+        with pytest.raises((RuntimeError, IndexError), match=r"\[1, 2, 5\]"):
+            ours(input, (h, h[:1]))
+    with pytest.raises(RuntimeError, match="device.*meta"):
+        cell(torch.zeros(2, 3), (h[0], h[0].to("meta")))
 
 
 CONSTRUCTIONS = {
