@@ -363,7 +363,7 @@ def difference(
     a = torch.cat([value.flatten() for value in got.values()])
     b = torch.cat([want[name].flatten() for name in got])
     # One comparison of everything, since small tensors are many.
-    if float(torch.linalg.vector_norm(a - b, float("inf"))) <= limit:
+    if float(torch.linalg.vector_norm((a - b).detach(), float("inf"))) <= limit:
         return None
     for name, value in got.items():
         scale = max(1.0, float(want[name].abs().max()))
