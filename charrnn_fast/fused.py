@@ -67,7 +67,7 @@ class Fused(nn.Module):
         """torch.nn's own forward; what it refuses without naming the argument is named."""
         if _is_compiling():
             return super().forward(input, hx)
-        if isinstance(hx, (tuple, list)):
+        if isinstance(self, (nn.LSTM, nn.LSTMCell)) and isinstance(hx, (tuple, list)):
             _expect_device(data_of(input), hx[1:])
         try:
             return super().forward(input, hx)
