@@ -156,7 +156,8 @@ def left_to_old_exporter(module: Fused, beyond: str | None) -> str | None:
     Raises:
         NotImplementedError: the call has something ``beyond`` torch.nn.
     """
-    if not torch.onnx.is_in_onnx_export():
+    # The older exporter traces. Whoever does not export is spared the import of torch.onnx.
+    if not (torch._C._is_tracing() and torch.onnx.is_in_onnx_export()):
         return None
     if beyond is not None:
         raise NotImplementedError(

@@ -17,11 +17,6 @@ from charrnn_fast import fakes as fakes  # registers them
 from charrnn_fast import onnx
 from charrnn_fast._extension import _C
 
-try:
-    from torch.onnx._internal.exporter import _flags as _onnx_flags
-except ImportError:  # of another torch
-    _onnx_flags = None  # type: ignore[assignment]
-
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}  # of nonlinearities
 
 # Rows of a weight, in units of hidden_size, by mode.
@@ -48,10 +43,17 @@ def serves_device(device: str, mode: str) -> bool:
 
 
 def _is_exporting_to_onnx() -> bool:
-    # Where the exporter falls back to Dynamo, only the first of these can be traced.
-    return torch.compiler.is_exporting() and (
-        torch.onnx.is_in_onnx_export() or getattr(_onnx_flags, "_is_onnx_exporting", False)
-    )
+    if not torch.compiler.is_exporting():
+        return False
+    # Imported here, since it takes longer than all the rest of this package.
+    from torch.onnx import is_in_onnx_export
+
+    try:
+        from torch.onnx._internal.exporter import _flags
+    except ImportError:  # of another torch
+        return is_in_onnx_export()
+    # Where the exporter falls back to Dynamo, only the flag can be traced.
+    return getattr(_flags, "_is_onnx_exporting", False) or is_in_onnx_export()
 
 
 def rnn(

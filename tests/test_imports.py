@@ -1,6 +1,8 @@
 """The files of the package import each other in one direction only."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -67,3 +69,20 @@ def test_a_circle_is_found(tmp_path: Path, code: str):
     (folder / "c.py").write_text("from .a import x", encoding="utf-8")
     with pytest.raises(CycleError):
         check(folder)
+
+
+@pytest.mark.parametrize(
+    "use", ["", "x = torch.randn(2, 1, 3); c.LSTM(3, 4)(x); c.RNN(3, 4).double()(x.double())"]
+)
+def test_what_takes_long_is_imported_late(use: str):
+    """Neither an import nor a plain call waits for what exporting, compiling or training want."""
+    code = f"""
+import torch, sys
+before = set(sys.modules)
+import charrnn_fast as c
+{use}
+late = {{"torch.onnx", "torch._dynamo", "torch._inductor", "charrnn_fast.charlm", "onnx", "sympy"}}
+print(sorted((late - before) & sys.modules.keys()))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
