@@ -1,5 +1,10 @@
 """What a call holds for backward, and how near gradients of long memories are."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import exact_run, run
@@ -89,3 +94,44 @@ def test_bfloat16_keeps_c_in_float32(isa):
             # In bfloat16 c would stop at 4, where its unit is 1/32.
             assert (c_n.double() - want).abs().max() <= want.max() * 2.0**-8
             assert want.max() > 7
+
+
+def kilobytes_of_huge_pages_asked_for():
+    """Of this process; None where the system does not tell."""
+    try:
+        regions = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    if "VmFlags" not in regions:
+        return None
+    found = re.findall(r"^Size: +(\d+) kB$.*?^VmFlags:([^\n]*)$", regions, re.MULTILINE | re.DOTALL)
+    return sum(int(size) for size, flags in found if "hg" in flags.split())
+
+
+CODE_OF_A_LARGE_CALL = """
+import sys, torch, charrnn_fast as c
+from test_memory import kilobytes_of_huge_pages_asked_for as asked
+module = c.RNN(64, int(sys.argv[1]))
+before = asked()
+module(torch.randn(8, 4, 64))
+print(before, asked())
+"""
+
+
+@pytest.mark.parametrize(("H", "megabytes"), [(512, 0), (2048, 16)])
+def test_large_weights_are_packed_into_huge_pages(H, megabytes):
+    """As far as they fill them; small blocks do not ask."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    if kilobytes_of_huge_pages_asked_for() is None:
+        pytest.skip("this system does not tell which pages were asked for")
+    said = subprocess.run(
+        [sys.executable, "-c", CODE_OF_A_LARGE_CALL, str(H)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, said.stdout.split())
+    assert after - before >= 1024 * megabytes
+    assert megabytes > 0 or after == before
