@@ -56,8 +56,10 @@ def pytest_of(tests):
 
 
 def run(tests, log, cwd=ROOT, before=(), **environment):
-    variables = {**os.environ, "PYTHONPATH": str(cwd), **environment}
-    with log.open("w") as file:
+    # What Inductor keeps for one of ATen's code paths does not compile for another.
+    with log.open("w") as file, tempfile.TemporaryDirectory() as kept:
+        kept_by = {"TORCHINDUCTOR_CACHE_DIR": kept, "PYTHONPATH": str(cwd)}
+        variables = {**os.environ, **kept_by, **environment}
         return subprocess.run(
             [*before, *pytest_of(tests)], cwd=cwd, env=variables, stdout=file, stderr=file
         ).returncode
@@ -94,7 +96,8 @@ def as_an_ordinary_user(tests, log):
         for path in (copy, *copy.rglob("*")):
             path.chmod(0o555 if path.is_dir() or os.access(path, os.X_OK) else 0o444)
         try:
-            return run(tests, log, copy, before, HOME=str(home), TMPDIR=str(home))
+            own = {"HOME": str(home), "TMPDIR": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home)}
+            return run(tests, log, copy, before, **own)
         finally:
             for path in (copy, *copy.rglob("*")):
                 if path.is_dir():
