@@ -2,6 +2,7 @@
 #include "teams.h"
 
 #include <ATen/Parallel.h>
+#include <dlfcn.h>
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>
@@ -63,6 +64,17 @@ thread_local int threads_aside = 0;
   pool_is_lost = true;
   leader = nullptr;
 });
+
+// omp_set_num_threads of the runtime that ATen uses, which is not ours where another compiler built
+// torch: g++ and clang bring one each. Looked up before there is any fork, as dlopen takes a lock.
+void (*const set_threads_of_aten)(int) = [] {
+  Dl_info torch{};
+  void* library = dladdr(reinterpret_cast<void*>(&at::get_num_threads), &torch) != 0
+                      ? dlopen(torch.dli_fname, RTLD_NOLOAD | RTLD_LAZY)
+                      : nullptr;
+  void* found = library != nullptr ? dlsym(library, "omp_set_num_threads") : nullptr;
+  return found != nullptr ? reinterpret_cast<void (*)(int)>(found) : omp_set_num_threads;
+}();
 
 int torch_threads() { return threads_aside > 0 ? threads_aside : at::get_num_threads(); }
 
@@ -221,12 +233,12 @@ bool run_threads(int size, c10::function_ref<void(int)> body) {
 SurvivesFork::SurvivesFork() : before_(pool_is_lost ? at::get_num_threads() : 0) {
   if (before_ == 0) return;
   if (threads_aside == 0) threads_aside = before_;
-  omp_set_num_threads(1);  // of this thread; what at::get_num_threads answers
+  set_threads_of_aten(1);  // of this thread; what at::get_num_threads answers
 }
 
 SurvivesFork::~SurvivesFork() {
   if (before_ == 0) return;
-  omp_set_num_threads(before_);
+  set_threads_of_aten(before_);
   if (before_ == threads_aside) threads_aside = 0;
 }
 

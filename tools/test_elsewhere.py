@@ -91,7 +91,10 @@ def as_an_ordinary_user(tests, log):
             if setpriv is None:
                 raise NotRun("setpriv (util-linux) was not found")
             before = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-            if subprocess.run([*before, sys.executable, "-c", "import torch"], cwd="/").returncode:
+            code = (
+                "import subprocess as s, sys, torch; s.run([sys.executable, '-c', ''], check=True)"
+            )
+            if subprocess.run([*before, sys.executable, "-c", code], cwd="/").returncode:
                 raise NotRun(f"an ordinary user may not run {sys.executable}, or not read torch")
         for path in (copy, *copy.rglob("*")):
             path.chmod(0o555 if path.is_dir() or os.access(path, os.X_OK) else 0o444)
