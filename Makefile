@@ -160,7 +160,7 @@ test-clang: $(VENV)/.installed
 	cd build/clang && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(MODULE_TESTS) $(ARGS)
 
 # The module tests under older code paths of MKL, ATen and oneDNN, with other numbers of threads, under
-# load, and by an ordinary user in a read-only copy: two hours. ARGS="--only threads-5 tests/test_cell.py"
+# load, and by an ordinary user in a read-only copy: two hours. ARGS="tests/test_cell.py --only threads-5"
 test-elsewhere: $(BUILT)
 	$(BIN)/python tools/test_elsewhere.py $(ARGS)
 

@@ -1,6 +1,6 @@
 """Runs the tests as other machines would: what passes here must not pass by luck of this one.
 
-usage: test_elsewhere.py [--only NAME ...] [PYTEST ARGUMENTS]
+usage: test_elsewhere.py [PYTEST ARGUMENTS] [--only NAME ...]
 
 Without arguments for pytest it runs the module tests, ten minutes each on two idle cores. Each
 variant has its log in build/elsewhere. Exits with 1 where one failed or could not be run.
