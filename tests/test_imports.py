@@ -1,4 +1,4 @@
-"""The files of the package import each other in one direction only."""
+"""The files of the package import each other in one direction; what takes long comes late."""
 
 import ast
 import subprocess
