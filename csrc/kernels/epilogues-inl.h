@@ -1,7 +1,8 @@
 // The epilogues of a tile, a row at a time, in registers.
 //
 // An epilogue says where the accumulators begin (init), what of its operands to prefetch while the
-// product is summed, and what to store. `total` holds the P vectors of one row of the tile.
+// product is summed, how many cache lines of a row that is, and what to store. `total` holds the P
+// vectors of one row of the tile.
 #pragma once
 
 #include "cells-inl.h"
@@ -9,6 +10,15 @@
 
 namespace charrnn_fast {
 namespace {
+
+// Cache lines of n vectors side by side, and their prefetching.
+constexpr int kLineVectors = kVectorBytes < 64 ? 64 / kVectorBytes : 1;
+constexpr int lines_of(int n) { return (n + kLineVectors - 1) / kLineVectors; }
+template <int n, int to_write, typename Element>
+ALWAYS_INLINE void prefetch_vectors(const Element* p, int64_t lanes) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n; i += kLineVectors) __builtin_prefetch(p + i * lanes, to_write);
+}
 
 // out = init + a b. With `sums`, rows of init and out hold that many sums of every unit, vector by
 // vector, in whole vectors: a panel of all gates fills the first of them.
@@ -29,13 +39,14 @@ struct Store {
   }
 
   template <int P, typename Args>
+  static ALWAYS_INLINE int lines(const Args&) {
+    return 2 * lines_of(P);
+  }
+  template <int P, typename Args>
   static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t) {
     constexpr int L = Args::kLanesOfSum;
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(args.init[row] + args.init_column + p * L);
-      __builtin_prefetch(args.out[row] + args.column + p * L, 1);
-    }
+    prefetch_vectors<P, 0>(args.init[row] + args.init_column, L);
+    prefetch_vectors<P, 1>(args.out[row] + args.column, L);
   }
 
   template <int P, typename Args, typename V>
@@ -66,11 +77,15 @@ struct ForwardOf {
   }
 
   template <int P, typename Args>
+  static ALWAYS_INLINE int lines(const Args& args) {
+    constexpr int kOfTraining = kSavedGates<CellType> + kHasState<CellType> + 1;
+    const bool training = CellType::kSizes.saved > 0 && args.saved != nullptr;
+    return lines_of(P) + (training ? kOfTraining : 0);
+  }
+  template <int P, typename Args>
   static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t s) {
     constexpr int L = Args::kLanesOfSum;
-    const auto* init = args.init[row] + s * args.init_step + args.init_column;
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) __builtin_prefetch(init + p * L);
+    prefetch_vectors<P, 0>(args.init[row] + s * args.init_step + args.init_column, L);
     if constexpr (CellType::kSizes.saved > 0) {
       if (args.saved == nullptr) return;
       const auto place = saved_place<CellType, typename Args::Sum>(args.column, args.H);
@@ -158,13 +173,19 @@ struct BackwardOf {
   }
 
   template <int P, typename Args>
+  static ALWAYS_INLINE int lines(const Args&) {
+    constexpr int kOperands =
+        CellType::kSizes.saved == 0 ? 1 : kSavedGates<CellType> + kHasState<CellType> + 1;
+    return lines_of(P) * (1 + kOperands + kSums<CellType>);
+  }
+  template <int P, typename Args>
   static ALWAYS_INLINE void prefetch(const Args& args, int64_t row, int64_t s) {
     using Sum = typename Args::Sum;
     constexpr int L = Args::kLanesOfSum;
     const auto* init = args.init[row] + s * args.init_step + args.column;
     auto* out = args.out[row] + s * args.out_step + args.column;
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
+    for (int p = 0; p < P; p += kLineVectors) {
       __builtin_prefetch(init + p * L);
       if constexpr (CellType::kSizes.saved == 0) {
         __builtin_prefetch(args.y[row] + s * args.y_step + args.column + p * L);

@@ -155,8 +155,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
       const auto* at = args.init[first_row + r] + s * args.init_step + args.init_column + p * L;
       return load_lanes(at, lanes(p));
     };
-    // The operands of the epilogue may lie in memory: they are prefetched row by row between the
-    // multiply-adds; all at once they would stall the loads of the sum.
+    // The operands of the epilogue may lie in memory: they are prefetched while the sums are made.
     constexpr bool kPrefetches = R * P >= 8;
 
     const PackedOf<scalar>* panel = args.panel;
@@ -211,7 +210,12 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         for (int r = 0; r < R; ++r) End::template prefetch<P>(args, first_row + r, s);
       }
       if constexpr (kPrefetches && C == 1) {
-        const int64_t between = terms / ((R + 1) * kAtOnce) * kAtOnce;
+        // Many go row by row between the sums, whose own loads would have to wait for a core's miss
+        // buffers. For few that does not pay: each short loop ends in a branch that is mispredicted
+        // where a busy sibling shares the predictor.
+        constexpr int kFewLines = 12;
+        const bool few = R * End::template lines<P>(args) <= kFewLines;
+        const int64_t between = few ? 0 : terms / ((R + 1) * kAtOnce) * kAtOnce;
 #pragma GCC unroll 1
         for (int r = 0; r < R && first == 0; ++r) {
           End::template prefetch<P>(args, first_row + r, s);
