@@ -108,12 +108,18 @@ def test_same_bits_of_ragged_batches_for_any_number_of_threads(isa, kind, B):
         assert_same_bits(other, results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_same_bits_in_any_batch(isa, kind, dtype):
-    """A sequence's results do not depend on what else is in the batch, nor does d input."""
-    rnn = kind.ours(9, 50, 2, dtype=dtype)
+@pytest.mark.parametrize(
+    ("H", "dtype"),
+    [(50, torch.float32), (50, torch.float64), (136, torch.float32), (300, torch.float32)],
+)
+def test_same_bits_in_any_batch(isa, kind, H, dtype):
+    """A sequence's results do not depend on what else is in the batch, nor does d input.
+
+    Tiles of one or two rows take several panels of weights side by side where as many are left.
+    """
+    rnn = kind.ours(9, H, 2, dtype=dtype)
     x = torch.randn(11, 20, 9, dtype=dtype)
-    hx = kind.state(2, 20, 50, dtype=dtype)
+    hx = kind.state(2, 20, H, dtype=dtype)
 
     def results(part):
         a, states = leaf(x[:, part]), each(lambda tensor: leaf(tensor[:, part]), hx)
@@ -123,7 +129,7 @@ def test_same_bits_in_any_batch(isa, kind, dtype):
         return [*found, a.grad, *[tensor.grad for tensor in flat(states)]]
 
     whole = results(slice(None))
-    for part in (slice(0, 1), slice(7, 8), slice(19, 20), slice(3, 9)):
+    for part in (slice(0, 1), slice(7, 8), slice(19, 20), slice(12, 14), slice(3, 9)):
         for got, want in zip(results(part), whole, strict=True):
             assert torch.equal(got, want[:, part])
 

@@ -125,10 +125,8 @@ void backward_block(const BackwardArgs<scalar>& args, const BackwardSpace<CellTy
         walk.run(product.steps);
       }
     }
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<BackwardOf<CellType>>(product, walk.continuing, panels, p, space.recurrent);
-    }
+    multiply<BackwardOf<CellType>>(product, walk.continuing, panels, mine, space.recurrent,
+                                   backwards);
     backwards = !backwards;
     for (int64_t i = walk.continuing; i < walk.running; ++i) {
       const int64_t state = end_row_of(seq, slots.first + i);
@@ -157,9 +155,7 @@ void multiply_delta(const BackwardSpace<CellType, scalar>& space, int64_t rows,
       next(&delta[i], &init[i], &out[i]);
     }
     done += count;
-    for (int64_t p = 0; p < panels.count; ++p) {
-      multiply_rows<Store<>>(product, count, panels, p, packed);
-    }
+    multiply<Store<>>(product, count, panels, {0, panels.count}, packed);
   }
 }
 

@@ -32,6 +32,8 @@ struct Store {
   // Where column c of the panels lies: in init at kInitScale * c + kInitShift vectors.
   static constexpr int kInitScale = sums > 0 ? sums : 1, kInitShift = 0;
   static constexpr int kOutScale = kInitScale;
+  static constexpr bool kAbreast = sums == 0;  // a tile may take several panels side by side
+  static constexpr int kOfUnit = 1;            // vectors of a panel for one of units
   // Whether there are tiles of P vectors.
   template <int P>
   static constexpr bool takes() {
@@ -71,6 +73,8 @@ struct ForwardOf {
   static constexpr bool kPrefetchesAtOnce = false;
   static constexpr int kInitScale = kSums<CellType>, kInitShift = kFirstOfState<CellType>;
   static constexpr int kOutScale = 1;
+  static constexpr bool kAbreast = true;
+  static constexpr int kOfUnit = kGates<CellType>;
   template <int P>
   static constexpr bool takes() {
     return kGates<CellType> == 1 ? P <= kTileVectors : P == kGates<CellType>;
@@ -167,6 +171,8 @@ struct BackwardOf {
   static constexpr bool kPadded = false;
   static constexpr bool kPrefetchesAtOnce = true;
   static constexpr int kInitScale = 1, kInitShift = 0, kOutScale = 1;
+  static constexpr bool kAbreast = true;
+  static constexpr int kOfUnit = 1;
   template <int P>
   static constexpr bool takes() {
     return P <= kTileVectors;

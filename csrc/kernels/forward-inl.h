@@ -181,9 +181,7 @@ void project(const ForwardArgs<scalar>& args, const ForwardSpace<CellType, scala
     bias[i] = space.bias;
   }
   TileArgs<scalar, Sum, Sum> product = {.a = x, .K = args.I, .init = bias, .out = out};
-  for (int64_t p = mine.first; p < mine.last; ++p) {
-    multiply_rows<Store<kSums<CellType>>>(product, count, panels, p, space.input);
-  }
+  multiply<Store<kSums<CellType>>>(product, count, panels, mine, space.input);
 }
 
 // A step of rows that start from zeros: their sums are those of the input alone.
@@ -343,10 +341,7 @@ void forward_block(const ForwardArgs<scalar>& args, const ForwardSpace<CellType,
       product.init_step = walk.running * space.width;
       projection.use(product.steps, product.init_step);
     }
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const int64_t p = backwards ? mine.first + mine.last - 1 - i : i;
-      multiply_rows<ForwardOf<CellType>>(product, active, panels, p, space.recurrent);
-    }
+    multiply<ForwardOf<CellType>>(product, active, panels, mine, space.recurrent, backwards);
     backwards = !backwards;
     forward_from_zeros<CellType>(product, {active, walk.running}, {first, last});
     if (others != nullptr) wait_for_rows(*others, current, walk.running, args.H);

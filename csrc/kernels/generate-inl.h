@@ -121,15 +121,6 @@ void pack_generate(const GenerateArgs<scalar>& args, const GenerateSpace<CellTyp
   for (int64_t i = 0; i < kDrawTogether * width; ++i) space.weights[i] = 0;
 }
 
-// All columns of a product, b in panels.
-template <typename End, typename scalar>
-void multiply(TileArgs<scalar>& product, int64_t rows, const Panels<scalar>& panels,
-              const scalar* packed) {
-  for (int64_t p = 0; p < panels.count; ++p) {
-    multiply_rows<End>(product, rows, panels, p, packed);
-  }
-}
-
 // The first of the greatest; a NaN is greater than everything.
 template <typename scalar>
 int64_t greatest(const scalar* x, int64_t n) {
@@ -365,7 +356,7 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellTy
           sums[s] = space.sums + ((layer - 1) * space.block + s) * space.width;
         }
         TileArgs<scalar> input = {.a = below, .K = H, .init = init, .out = sums};
-        multiply<Store<kSums<CellType>>>(input, n, space.hidden,
+        multiply<Store<kSums<CellType>>>(input, n, space.hidden, {0, space.hidden.count},
                                          space.input + (layer - 1) * weights);
         for (int64_t s = 0; s < n; ++s) init[s] = sums[s];
       }
@@ -373,14 +364,15 @@ bool generate_block(const GenerateArgs<scalar>& args, const GenerateSpace<CellTy
       recurrence.H = H;
       recurrence.projected = init;
       recurrence.carry = c;
-      multiply<ForwardOf<CellType>>(recurrence, n, space.hidden, space.recurrent + layer * weights);
+      multiply<ForwardOf<CellType>>(recurrence, n, space.hidden, {0, space.hidden.count},
+                                    space.recurrent + layer * weights);
     }
     for (int64_t s = 0; s < n; ++s) {
       previous[s] = current[s];
       init[s] = space.head_bias;
     }
     TileArgs<scalar> scores = {.a = previous, .K = H, .init = init, .out = logits};
-    multiply<Store<>>(scores, n, space.scores, space.head);
+    multiply<Store<>>(scores, n, space.scores, {0, space.scores.count}, space.head);
     int64_t* drawn = args.drawn + i * args.ld + streams.first;
     const scalar* uniforms = args.uniforms + i * args.ld + streams.first;
     draw(args, space, logits, uniforms, n, drawn);

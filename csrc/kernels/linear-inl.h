@@ -47,9 +47,7 @@ void linear(const LinearArgs<scalar>& args, const Team& team) {
       y[i] = args.y + (done + i) * args.H;
     }
     done += count;
-    for (int64_t p = 0; p < panels.count; ++p) {
-      multiply_rows<Store<>>(product, count, panels, p, space.packed);
-    }
+    multiply<Store<>>(product, count, panels, {0, panels.count}, space.packed);
   }
 }
 

@@ -3,7 +3,7 @@
 //
 // Determinism: each element of a product is one chain of multiply-adds over k, or several, which
 // the width of the whole product decides. So results do not depend on the rest of the batch, on
-// tile heights, or on the number of threads.
+// the heights and widths of tiles, or on the number of threads.
 #pragma once
 
 #include "epilogues-inl.h"
@@ -40,9 +40,9 @@ struct Panels {
   // Vectors of a panel, of all gates.
   int width(int64_t panel) const { return static_cast<int>(narrow_ + (panel < wide_)) * gates; }
   int64_t padded_columns() const { return vectors * kLanes<scalar>; }
-  // Columns of the panel that exist.
-  int64_t used_columns(int64_t panel) const {
-    const int64_t end = first_column(panel + 1);
+  // Columns of n panels that exist.
+  int64_t used_columns(int64_t panel, int64_t n = 1) const {
+    const int64_t end = first_column(panel + n);
     return (end < columns ? end : columns) - first_column(panel);
   }
 
@@ -128,18 +128,22 @@ struct TileArgs {
   int64_t y_step = 0, saved_step = 0, cells_step = 0, before_step = 0;
 };
 
-// The product of R rows, from first_row on, with a panel of P vectors, in C chains; `lone` when the
-// panel is the only one. Sums of more than kChainTerms are summed in blocks of so many, unless the
-// panel is lone or R > rows_of_several_blocks(P): then K is no more than one block.
+// The product of R rows, from first_row on, with P vectors, in C chains: those of a panel, or of
+// several side by side, each W vectors wide; `lone` when the panel is the only one. Sums of more
+// than kChainTerms are summed in blocks of so many, unless the panel is lone or
+// R > rows_of_several_blocks(W): then K is no more than one block.
 //
 // One function, as its registers are allocated as a whole: with the chains in a class of their own,
 // g++ 12 makes other code for nine of ten tiles. Compare `objdump -d` before and after a change.
-template <typename End, bool lone, int R, int P, int C, typename Args>
+template <typename End, bool lone, int R, int P, int C, int W, typename Args>
 __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
   using scalar = typename Args::Scalar;
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
   constexpr int kEach = kTerms<scalar>;  // of a row of the panel
+  // Vectors of init that belong to a panel, and scalars of weights.
+  constexpr int kInitOfPanel = W / End::kOfUnit * End::kInitScale;
+  const int64_t next_panel = P > W ? packed_rows<scalar>(args.K) * W * L : 0;
   const int64_t last_lanes = args.columns - (P - 1) * L;
   const auto lanes = [&](int p) __attribute__((always_inline)) {
     return End::kPadded || p < P - 1 ? L : last_lanes;
@@ -152,8 +156,8 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
       row[r] = args.a[first_row + r] + s * args.a_step + args.first_k;
     }
     const auto init = [&](int r, int p) __attribute__((always_inline)) {
-      const auto* at = args.init[first_row + r] + s * args.init_step + args.init_column + p * L;
-      return load_lanes(at, lanes(p));
+      const auto* at = args.init[first_row + r] + s * args.init_step + args.init_column;
+      return load_lanes(at + (p / W * kInitOfPanel + p % W) * L, lanes(p));
     };
     // The operands of the epilogue may lie in memory: they are prefetched while the sums are made.
     constexpr bool kPrefetches = R * P >= 8;
@@ -181,7 +185,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
           for (int r = 0; r < R; ++r) a[r] = broadcast_terms(row[r], k, n);
 #pragma GCC unroll 8
           for (int p = 0; p < P; ++p) {
-            const Vec<PackedOf<scalar>> b = load(panel + (k * P + p) * L);
+            const Vec<PackedOf<scalar>> b = load(panel + p / W * next_panel + (k * W + p % W) * L);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
               sum[c][r * P + p] = plus_product(sum[c][r * P + p], a[r], b);
@@ -190,7 +194,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         }
         Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) b[p] = load(panel + (k * P + p) * L);
+        for (int p = 0; p < P; ++p) b[p] = load(panel + p / W * next_panel + (k * W + p % W) * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec<PackedOf<scalar>> a = broadcast_terms(row[r], k, n);
@@ -245,7 +249,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         }
         break;
       }
-      constexpr bool one_block = R > rows_of_several_blocks(P);
+      constexpr bool one_block = R > rows_of_several_blocks(W);
       if (one_block || first == 0) {
 #pragma GCC unroll 32
         for (int i = 0; i < R * P; ++i) total[i] = init(i / P, i % P) + sum[0][i];
@@ -256,7 +260,7 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
       }
       first += terms;
       if (first == whole) break;
-      panel += terms * P * L;
+      panel += terms * W * L;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) row[r] += terms;
     }
@@ -267,13 +271,20 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
     } else if constexpr (End::kHalves) {
       // Both halves are long chains of latencies. All rows pass the first one before the second,
       // as a core looks ahead about a row and a half.
-      decltype(End::begin(args, first_row, s, total, 0, args.columns)) midway[R];
+      constexpr int kUnits = P / W;  // vectors of them
+      const int64_t last_units = args.columns - (kUnits - 1) * L;
+      decltype(End::begin(args, first_row, s, total, 0, L)) midway[R * kUnits];
 #pragma GCC unroll 1
-      for (int r = 0; r < R; ++r) {
-        midway[r] = End::begin(args, first_row + r, s, total + r * P, 0, args.columns);
+      for (int i = 0; i < R * kUnits; ++i) {
+        const int r = i / kUnits, u = i % kUnits;
+        const int64_t n = u < kUnits - 1 ? L : last_units;
+        midway[i] = End::begin(args, first_row + r, s, total + r * P, u, n);
       }
 #pragma GCC unroll 1
-      for (int r = 0; r < R; ++r) End::end(args, first_row + r, s, midway[r], 0, args.columns);
+      for (int i = 0; i < R * kUnits; ++i) {
+        const int r = i / kUnits, u = i % kUnits;
+        End::end(args, first_row + r, s, midway[i], u, u < kUnits - 1 ? L : last_units);
+      }
     } else {  // a loop: unrolled, the code outgrows the instruction cache
 #pragma GCC unroll 1
       for (int r = 0; r < R; ++r) End::template finish<P>(args, first_row + r, s, total + r * P);
@@ -288,7 +299,7 @@ template <typename Args, typename End, bool lone, int R, int P>
 constexpr Tile<Args> tile_or_null() {
   if constexpr (R <= tallest_tile(P) && End::template takes<P>()) {
     constexpr int C = lone ? chains_of_lone_panel(P) : 1;
-    return tile<End, lone, R, P, C>;
+    return tile<End, lone, R, P, C, P>;
   }
   return nullptr;
 }
@@ -304,6 +315,32 @@ constexpr Tile<Args> kTiles[6][4] = {
 #undef CHARRNN_FAST_TILES
 };
 static_assert(kTileRows <= 6 && kTileVectors <= 4);
+
+// Panels that a tile of few rows takes side by side: each sum is a chain of latencies, and a core
+// wants about eight of them at once.
+constexpr int panels_abreast(int64_t rows, int width) {
+  return width > 1 && rows * width <= 4 ? 8 / (static_cast<int>(rows) * width) : 1;
+}
+
+template <typename Args, typename End, int R, int W>
+constexpr Tile<Args> tile_abreast_or_null() {
+  constexpr int N = panels_abreast(R, W);
+  if constexpr (N > 1 && End::kAbreast && End::template takes<W>()) {
+    static_assert(R <= rows_of_several_blocks(W));
+    return tile<End, false, R, N * W, 1, W>;
+  }
+  return nullptr;
+}
+
+// Tiles of panels_abreast() by [height - 1][width - 2].
+template <typename Args, typename End>
+constexpr Tile<Args> kTilesAbreast[2][3] = {
+#define CHARRNN_FAST_TILES(R)                                                        \
+  {tile_abreast_or_null<Args, End, R, 2>(), tile_abreast_or_null<Args, End, R, 3>(), \
+   tile_abreast_or_null<Args, End, R, 4>()}
+    CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2)
+#undef CHARRNN_FAST_TILES
+};
 
 // The height of the next tile of `rows` rows: at most `tallest`, and no small remainder.
 inline int64_t tile_height(int64_t rows, int64_t tallest) {
@@ -367,10 +404,11 @@ void multiply_rows_in_blocks(Args block, int64_t rows, int width) {
 }
 
 // The product of any number of rows (of a recurrence no more than kBlockSlots) with one panel of
-// packed weights, which it names in args: in place, as the tiles would wait for a copy.
+// packed weights, or with panels_abreast(), which it names in args: in place, as the tiles would
+// wait for a copy.
 template <typename End, typename scalar, typename Init, typename Out>
 void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
-                   const Panels<SumOf<scalar>>& panels, int64_t panel,
+                   const Panels<SumOf<scalar>>& panels, int64_t panel, int64_t abreast,
                    const PackedOf<scalar>* packed) {
   using Args = TileArgs<scalar, Init, Out>;
   constexpr int L = kLanes<SumOf<scalar>>;
@@ -378,8 +416,10 @@ void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
   const int width = panels.width(panel);
   args.init_column = column * End::kInitScale + End::kInitShift * L;
   args.column = column * End::kOutScale;
-  args.columns = End::kPadded && !End::kRecurrence ? width * L : panels.used_columns(panel);
+  args.columns =
+      End::kPadded && !End::kRecurrence ? width * L : panels.used_columns(panel, abreast);
   args.panel = packed + packed_place<scalar>(panels, panel, args.K);
+  if (abreast > 1) return kTilesAbreast<Args, End>[rows - 1][width - 2](args, 0);
   if (End::kRecurrence && panels.count == 1) {
     return run_tiles(kTiles<Args, End, End::kRecurrence>, args, rows, width);
   }
@@ -389,6 +429,28 @@ void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
     }
   }
   run_tiles(kTiles<Args, End, false>, args, rows, width);
+}
+
+// The product with some panels, from the first on or from the last.
+template <typename End, typename scalar, typename Init, typename Out>
+void multiply(TileArgs<scalar, Init, Out>& args, int64_t rows, const Panels<SumOf<scalar>>& panels,
+              Range mine, const PackedOf<scalar>* packed, bool backwards = false) {
+  while (mine.first < mine.last) {
+    const int64_t at = backwards ? mine.last - 1 : mine.first;
+    int64_t n = 1;
+    if (End::kAbreast && rows > 0 && panels.count > 1) {
+      const int64_t most = panels_abreast(rows, panels.width(at));
+      const int64_t other = backwards ? at - most + 1 : at + most - 1;
+      const bool there = other >= mine.first && other < mine.last;
+      if (there && panels.width(other) == panels.width(at)) n = most;
+    }
+    multiply_rows<End>(args, rows, panels, backwards ? mine.last - n : mine.first, n, packed);
+    if (backwards) {
+      mine.last -= n;
+    } else {
+      mine.first += n;
+    }
+  }
 }
 
 }  // namespace
