@@ -72,8 +72,9 @@ def choose(folder: Path, running: str) -> Path:
             "yours (in its source folder: `pip install --no-build-isolation .`)"
         )
     raise ImportError(
-        "charrnn_fast's extension has not been built: in its source folder, run `make build`, "
-        "or `pip install --no-build-isolation -e .`"
+        f"charrnn_fast's extension has not been built in {folder}: "
+        "in its source folder, run `make build`, or `pip install --no-build-isolation -e .`; "
+        "an installed one is found where Python is started outside that folder"
     )
 
 

@@ -66,6 +66,8 @@ def sample(arguments: argparse.Namespace) -> None:
     prompt, stop = as_utf8(arguments.start), as_utf8(arguments.stop)
     if prompt.startswith("FILE:"):
         prompt = read_prompt(prompt.removeprefix("FILE:"), vocabulary)
+    if arguments.on_unknown != "error":  # what is shown is what the model reads
+        prompt = vocabulary.decode(vocabulary.encode(prompt, arguments.on_unknown))
     if arguments.num_samples == 1 and not arguments.output:
         pieces = stream(
             model, vocabulary, prompt, arguments.length, options,

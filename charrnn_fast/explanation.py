@@ -94,12 +94,13 @@ def explain(
         >>> charrnn_fast.explain(lstm, x).reason
         'the CPU kernels serve these tensors'
         >>> print(charrnn_fast.explain(torch.nn.LSTM(10, 20), x))
-        composite: the module is a torch.nn.modules.rnn.LSTM
+        composite: the module is a torch.nn.modules.rnn.LSTM, not one of charrnn_fast's
     """
     isa = ops.current_isa()
     if not isinstance(module, (Recurrent, Cell)):
         kind = type(module)
-        return Explanation(False, f"the module is a {kind.__module__}.{kind.__qualname__}", isa)
+        what = f"{kind.__module__}.{kind.__qualname__}"
+        return Explanation(False, f"the module is a {what}, not one of charrnn_fast's", isa)
     if isinstance(module, Recurrent):
         weights, mode = module._current_weights(), module.mode
         reason = recurrent.why_stock(module, input, hx, weights, lengths, resets, False)

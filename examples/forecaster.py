@@ -1,6 +1,7 @@
-"""A forecaster of series of different lengths: `lengths=` reads padded histories in any order, and
-gives the state at the end of each, which is then carried on. torch.nn packs and sorts for that.
-"""
+"""A forecaster of series of different lengths: python examples/forecaster.py
+
+`lengths=` reads padded histories in any order, and gives the state at the end of each, which is
+then carried on. torch.nn packs and sorts for that."""
 
 from timeit import repeat
 

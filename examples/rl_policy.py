@@ -1,4 +1,4 @@
-"""A recurrent policy on a task that takes memory: an episode shows one of two signs, and some steps
+"""A recurrent policy: python examples/rl_policy.py. An episode shows one of two signs, and steps
 later a bell, at which the action must be the sign. Episodes end inside a rollout, and `resets` says
 where the state starts from zero. torch.nn has no such thing, and loops over the steps."""
 

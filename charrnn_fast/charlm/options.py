@@ -227,7 +227,10 @@ def resumed_options(folder: str | os.PathLike[str], changes: dict[str, Any]) -> 
     given = {k: v for k, v in given.items() if v != getattr(options, k)}
     for name in given:
         if not option_names()[name].metadata["live"]:
-            raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change when a run is resumed; a new run that "
+                "begins with its weights: --init-from"
+            )
     if "max_epochs" in given and given.get("max_iters", options.max_iters):
         raise UsageError("the length of this run is --max-iters: --max-epochs has no effect")
     return replace(options, out_dir=os.fspath(folder), **given)

@@ -130,7 +130,10 @@ def curves(rows: list[dict[str, Any]]) -> str:
         axes: dict[str, Any] = figure.subplot_mosaic(
             [["loss", "loss"], ["rate", "norm"]], height_ratios=[2, 1]
         )
-        axes["loss"].plot(*series(rows, "train_loss"), label="training", color="#8fb3d9")
+        # A line through one point shows nothing, and a short run may have no more.
+        dots = {"marker": "o", "markersize": 3} if len(rows) < 30 else {}
+        training = series(rows, "train_loss")
+        axes["loss"].plot(*training, label="training", color="#8fb3d9", **dots)
         epochs, losses = series(rows, "val_loss")
         if losses:
             axes["loss"].plot(
@@ -143,9 +146,9 @@ def curves(rows: list[dict[str, Any]]) -> str:
             )
         axes["loss"].set(ylabel="nats/character", xlabel="epoch")
         axes["loss"].legend(frameon=False)
-        axes["rate"].plot(*series(rows, "lr"), color="#555555")
+        axes["rate"].plot(*series(rows, "lr"), color="#555555", **dots)
         axes["rate"].set(ylabel="learning rate", xlabel="epoch")
-        axes["norm"].plot(*series(rows, "grad_norm"), color="#555555")
+        axes["norm"].plot(*series(rows, "grad_norm"), color="#555555", **dots)
         axes["norm"].set(ylabel="gradient norm", xlabel="epoch", yscale="log")
         axes["norm"].yaxis.set_major_formatter("{x:g}")
         axes["norm"].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))

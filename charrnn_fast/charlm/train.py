@@ -200,8 +200,16 @@ class Trainer:
         with self._begun():
             self.say(
                 f"{self.config.describe()}: {self.config.weights:,} weights, "
-                f"{len(self.vocabulary)} characters, {self.total_steps} steps"
+                f"{len(self.vocabulary)} characters, "
+                f"{self.total_steps} step{'s' if self.total_steps > 1 else ''}"
             )
+            rise = self.options.warmup_iters
+            if self.total_steps <= 2 * rise:
+                self.say(
+                    f"a short run: for {min(rise, self.total_steps)} of its steps the learning "
+                    "rate still rises; a smaller --batch-size or more --max-epochs make more "
+                    "steps, fewer --warmup-iters a faster rise"
+                )
             return self._run()
 
     def _begun(self) -> AbstractContextManager[None]:

@@ -135,6 +135,8 @@ def test_unknown_character_of_a_prompt(capsys, folder):
     assert "--on-unknown skip" in message
     for policy in ("skip", "replace"):
         assert main(["sample", folder, "--start", "thé", "--on-unknown", policy]) == 0
+        read = {"skip": "th", "replace": "th "}[policy]
+        assert capsys.readouterr().out.startswith(read), "the prompt as the model reads it"
 
 
 @pytest.mark.parametrize(

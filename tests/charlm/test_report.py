@@ -11,7 +11,7 @@ import pytest
 
 from charrnn_fast.charlm import ModelConfig, UsageError, Vocabulary, build_model, save_pretrained
 from charrnn_fast.charlm.metrics import read_metrics
-from charrnn_fast.charlm.report import TEMPERATURES, colour, write_report
+from charrnn_fast.charlm.report import TEMPERATURES, colour, curves, write_report
 
 pytest.importorskip("matplotlib", reason="needs: pip install matplotlib")
 
@@ -124,6 +124,15 @@ def test_model_without_a_training(tmp_path):
     assert "without its training" in content
     with pytest.raises(UsageError, match="no such run"):
         write_report(tmp_path / "nothing")
+
+
+def test_a_single_measurement_is_seen():
+    """A line through one point draws nothing: few points have marks."""
+    row = {"step": 1, "epoch": 1.0, "train_loss": 2.0, "lr": 1e-3, "grad_norm": 1.0}
+    for colour_of_line in ("#8fb3d9", "#555555"):
+        mark = re.compile(f"<use [^>]*fill: {colour_of_line}")
+        assert mark.search(curves([row]))
+        assert not mark.search(curves([row] * 30))
 
 
 def test_metrics_that_are_being_written(tmp_path):

@@ -174,6 +174,21 @@ def test_samples_while_training(options):
     assert metrics(again.folder) == metrics(trainer.folder)
 
 
+@pytest.mark.parametrize(
+    ("steps", "rise", "note"),
+    [(1, 100, "for 1 of its steps"), (8, 4, "for 4 of its steps"), (9, 4, None), (2, 0, None)],
+)
+def test_a_run_whose_learning_rate_hardly_gets_up(options, steps, rise, note):
+    """It is told when the run begins, as the samples of such a run are noise."""
+    lines: list[str] = []
+    train(options, max_iters=steps, warmup_iters=rise, say=lines.append)
+    assert lines[0].endswith(f" {steps} step{'s' if steps > 1 else ''}")
+    assert [line for line in lines if "short run" in line] == [
+        line for line in lines if note is not None and note in line
+    ]
+    assert (note is None) == ("short run" not in lines[1])
+
+
 @pytest.mark.parametrize("rate", [1e4, 1e38])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(options, rate):
     options = replace(

@@ -170,4 +170,6 @@ def test_a_missing_extension_is_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import charrnn_fast._extension"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "has not been built: in its source folder, run `make build`" in done.stderr
+    assert "has not been built in " in done.stderr
+    assert "in its source folder, run `make build`" in done.stderr
+    assert "where Python is started outside that folder" in done.stderr
