@@ -62,7 +62,8 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
     }
   }
 #endif
-  for (int64_t line = 0; line < K; line += kLine) {
+  // Where all columns are packed, those lines are not gone through once more.
+  for (int64_t line = done == filled ? packed : 0; line < K; line += kLine) {
     const int64_t end = line + kLine < K ? line + kLine : K;
     for (int64_t j = line < packed ? done : 0; j < whole; j += kBlock) {
       int64_t k = line;
@@ -80,6 +81,10 @@ void pack_transposed_rows(const scalar* source, int64_t ld, int64_t K, int64_t n
   }
 }
 
+// Columns of W that are packed for one gate after the other, so that a line of a panel stays in L1
+// until all its gates are there.
+constexpr int64_t kPackedAtOnce = 64;
+
 // Packs W, [gates * columns, K] as PyTorch keeps weights, in some panels of the product a W': each
 // is [packed_rows(K)][width] vectors. block(g) is the block of rows of W that gate g of a panel
 // takes.
@@ -89,11 +94,15 @@ void pack_transposed(const scalar* W, int64_t K, const Panels<SumOf<scalar>>& pa
                      const BlockOf& block) {
   constexpr int L = kLanes<PackedOf<scalar>>;
   for (int64_t p = first_panel; p < last_panel; ++p) {
-    for (int g = 0; g < panels.gates; ++g) {
-      const int64_t row = block(g) * panels.columns + panels.first_column(p);
-      pack_transposed_rows(W + row * K, K, K, panels.used_columns(p),
-                           packed + packed_place<scalar>(panels, p, K) + g * L,
-                           panels.width(p) * L);
+    PackedOf<scalar>* const panel = packed + packed_place<scalar>(panels, p, K);
+    const int64_t stride = panels.width(p) * L;
+    for (int64_t k = 0; k < K; k += kPackedAtOnce) {
+      const int64_t terms = K - k < kPackedAtOnce ? K - k : kPackedAtOnce;
+      for (int g = 0; g < panels.gates; ++g) {
+        const int64_t row = block(g) * panels.columns + panels.first_column(p);
+        pack_transposed_rows(W + row * K + k, K, terms, panels.used_columns(p),
+                             panel + k / kTerms<scalar> * stride + g * L, stride);
+      }
     }
   }
 }
