@@ -34,7 +34,7 @@ def commands(page: Path) -> set[str]:
 
 
 def test_commands_are_those_that_there_are():
-    every = {"train", "sample", "eval", "report", "export", "bench", "info"}
+    every = {"train", "sample", "eval", "report", "export", "bench", "demo", "info"}
     assert commands(PAGE) == every
     assert commands(ROOT / "README.md") == {"train", "sample", "report"}
 
