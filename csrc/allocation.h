@@ -22,12 +22,27 @@ inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 // So that what follows in the same block begins a page.
 inline size_t whole_pages(size_t bytes) { return round_up(bytes, kPage); }
 
+// Blocks of so many bytes begin a huge page and ask for as many as they fill. Fresh memory comes
+// from the system page by page: of small pages that took a tenth of the time of large layers. And
+// every step of a sequence reads all of W_hh, where cores have translations of small pages for
+// about 8 MB at hand. NumPy asks from the same size on.
+inline constexpr size_t kLarge = size_t{4} << 20;
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
+// Where a block begins in memory that has room for one unit more.
+inline std::byte* first_page(void* memory, size_t bytes) {
+  const size_t page = bytes < kLarge ? kPage : kHugePage;
+  auto* const data =
+      reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(memory), page));
+#ifdef MADV_HUGEPAGE  // advice: where the system does not take it, nothing is lost
+  if (page == kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
 // Memory for the length of one call, from the beginning of a page. A thread keeps the largest block
-// of moderate size that its calls needed: fresh memory comes from the system page by page, which
-// took up to two fifths of the time of a training step.
-//
-// Large blocks ask for huge pages, as far as they fill them: every step of a sequence reads all of
-// W_hh, and cores have translations of small pages for about 8 MB at hand.
+// of moderate size that its calls needed: fresh memory took up to two fifths of the time of a
+// training step.
 class Scratch {
  public:
   explicit Scratch(size_t bytes) {
@@ -35,14 +50,10 @@ class Scratch {
       std::swap(block_, kept);
       return;
     }
-    const size_t page = bytes < kLarge ? kPage : kHugePage;
-    block_.memory.reset(c10::alloc_cpu(bytes + page));  // throws what at::empty throws
-    const auto address = reinterpret_cast<uintptr_t>(block_.memory.get());
-    block_.data = reinterpret_cast<std::byte*>(round_up(address, page));
+    // Throws what at::empty throws.
+    block_.memory.reset(c10::alloc_cpu(bytes + (bytes < kLarge ? kPage : kHugePage)));
+    block_.data = first_page(block_.memory.get(), bytes);
     block_.bytes = bytes;
-#ifdef MADV_HUGEPAGE  // advice: where the system does not take it, nothing is lost
-    if (page == kHugePage) madvise(block_.data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -54,8 +65,6 @@ class Scratch {
 
  private:
   static constexpr size_t kKeptBytes = size_t{32} << 20;
-  static constexpr size_t kLarge = size_t{8} << 20;
-  static constexpr size_t kHugePage = size_t{2} << 20;
 
   // Plain memory: it is freed when its thread ends, when a tensor's allocator may be gone.
   struct Free {
@@ -72,11 +81,18 @@ class Scratch {
 };
 inline thread_local Scratch::Block Scratch::kept;
 
-// Memory of results. Small blocks are malloc's, which keeps those that a thread frees for the next
-// call; for aligned ones, as torch's allocator wants all of them, it searches anew each time.
+// Memory of results, large blocks as above. Small ones are malloc's, which keeps those that a
+// thread frees for the next call; for aligned ones, as torch's allocator wants all of them, it
+// searches anew each time.
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
+    if (bytes >= kLarge) {
+      void* const memory = c10::alloc_cpu(bytes + kHugePage);
+      void* const large = first_page(memory, bytes);
+      c10::profiledCPUMemoryReporter().New(memory, bytes);
+      return {large, memory, release_large, at::kCPU};
+    }
     void* data = bytes > 0 && bytes <= kSmall ? std::malloc(bytes) : nullptr;
     if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
@@ -89,6 +105,10 @@ class ResultAllocator final : public c10::Allocator {
  private:
   static constexpr size_t kSmall = 4096;
 
+  static void release_large(void* memory) {
+    c10::profiledCPUMemoryReporter().Delete(memory);
+    c10::free_cpu(memory);
+  }
   static void release(void* data) {
     c10::profiledCPUMemoryReporter().Delete(data);
     std::free(data);

@@ -113,20 +113,20 @@ import sys, torch, charrnn_fast as c
 from test_memory import kilobytes_of_huge_pages_asked_for as asked
 module = c.RNN(64, int(sys.argv[1]))
 before = asked()
-module(torch.randn(8, 4, 64))
+results = module(torch.randn(int(sys.argv[2]), 4, 64))
 print(before, asked())
 """
 
 
-@pytest.mark.parametrize(("H", "megabytes"), [(512, 0), (2048, 16)])
-def test_large_weights_are_packed_into_huge_pages(H, megabytes):
-    """As far as they fill them; small blocks do not ask."""
+@pytest.mark.parametrize(("H", "T", "megabytes"), [(512, 8, 0), (2048, 8, 16), (64, 8192, 8)])
+def test_large_blocks_lie_in_huge_pages(H, T, megabytes):
+    """Packed weights and results, as far as they fill them; small blocks do not ask."""
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("this system has no transparent huge pages")
     if kilobytes_of_huge_pages_asked_for() is None:
         pytest.skip("this system does not tell which pages were asked for")
     said = subprocess.run(
-        [sys.executable, "-c", CODE_OF_A_LARGE_CALL, str(H)],
+        [sys.executable, "-c", CODE_OF_A_LARGE_CALL, str(H), str(T)],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
