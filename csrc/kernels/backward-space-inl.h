@@ -179,7 +179,8 @@ struct BackwardSpace : BackwardPlan<CellType, scalar> {
     carry = arena.take<Sum>(CellType::kCarries ? seq.B * plan.hidden.padded_columns() : 0);
     arena.take_each(team.size, team.rank, [&] {
       step_row = seq.lengths != nullptr ? arena.take<int64_t>(seq.T) : nullptr;
-      packed = arena.take<PackedOf<scalar>>(OuterProducts<scalar>::space(args.H, kSums<CellType>));
+      packed = arena.take<PackedOf<scalar>>(
+          OuterProducts<scalar>::space(args.H, kSums<CellType>, args.H));
     });
     bool* seen = tokens ? arena.take<bool>(team.size * parts * args.I) : nullptr;
     for (int part = 0; part < parts; ++part) {

@@ -12,11 +12,15 @@
 namespace charrnn_fast {
 namespace {
 
-// Whether the rows are packed first. Tiles of several cache lines across read them where they lie,
-// which takes less time than to pack them; narrower ones would come back to the same lines and
+// Whether rows are always packed first. Tiles of several cache lines across read them where they
+// lie, which takes less time than to pack them; narrower ones would come back to the same lines and
 // pages for too little work. Terms that must stand side by side are packed in any case.
 template <typename scalar>
 constexpr bool kOuterPacks = kVectorBytes < 64 || kTerms<scalar> > 1;
+
+// So are rows of a that lie so many bytes apart: each is in pages of its own, and all share a few
+// sets of L1.
+constexpr int64_t kOuterPacksFrom = 8192;
 
 // Rows of a and b that are multiplied at once, in one chain.
 template <typename scalar>
@@ -27,7 +31,7 @@ constexpr int64_t kOuterRows = 128 * kTerms<scalar>;
 template <typename scalar, typename Out>
 struct OuterArgs {
   int64_t K;
-  const scalar* const* a;  // unless kOuterPacks
+  const scalar* const* a;  // unless they are packed
   const scalar* const* b;
   const PackedOf<scalar>* packed_a;  // [packed_rows(K)][height]
   const PackedOf<scalar>* packed_b;  // [packed_rows(K)][width] vectors
@@ -39,7 +43,7 @@ struct OuterArgs {
 };
 
 // The tile of R rows and P vectors.
-template <int R, int P, typename scalar, typename Out>
+template <int R, int P, bool packed, typename scalar, typename Out>
 __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
   using Sum = SumOf<scalar>;
   constexpr int L = kLanes<Sum>;
@@ -51,10 +55,10 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
   for (int i = 0; i < R * P; ++i) sum[i] = Vec<Sum>{};
   const auto sum_rows = [&]([[maybe_unused]] int64_t lanes) __attribute__((always_inline)) {
     // Packed rows lie one behind the other; others are found one by one.
-    constexpr int kAtOnce = kOuterPacks<scalar> ? kTermsAtOnce : 1;
+    constexpr int kAtOnce = packed ? kTermsAtOnce : 1;
     const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
       const PackedOf<scalar>*left, *right;
-      if constexpr (kOuterPacks<scalar>) {
+      if constexpr (packed) {
         left = args.packed_a + k * R;
         right = args.packed_b + k * P * L;
       } else {
@@ -68,7 +72,7 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
         Vec<PackedOf<scalar>> b[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-          if constexpr (kOuterPacks<scalar>) {
+          if constexpr (packed) {
             b[p] = load(right + (i * P + p) * L);
           } else {
             b[p] = load_lanes(right + p * L, p < P - 1 ? L : lanes);
@@ -95,7 +99,7 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
       for (; k < K; ++k) step(k, 1);
     }
   };
-  if (kOuterPacks<scalar> || last_lanes == L) {
+  if (packed || last_lanes == L) {
     sum_rows(L);
   } else {
     sum_rows(last_lanes);
@@ -115,18 +119,18 @@ __attribute__((noinline)) void outer_tile(const OuterArgs<scalar, Out>& args) {
 template <typename Args>
 using OuterTile = void (*)(const Args&);
 
-template <typename Args, int R, int P>
+template <typename Args, bool packed, int R, int P>
 constexpr OuterTile<Args> outer_tile_or_null() {
-  if constexpr (R <= kTileRows && P <= kTileVectors) return outer_tile<R, P>;
+  if constexpr (R <= kTileRows && P <= kTileVectors) return outer_tile<R, P, packed>;
   return nullptr;
 }
 
 // Tiles by [height - 1][width - 1].
-template <typename Args>
+template <typename Args, bool packed>
 constexpr OuterTile<Args> kOuterTiles[6][4] = {
-#define CHARRNN_FAST_TILES(R)                                          \
-  {outer_tile_or_null<Args, R, 1>(), outer_tile_or_null<Args, R, 2>(), \
-   outer_tile_or_null<Args, R, 3>(), outer_tile_or_null<Args, R, 4>()}
+#define CHARRNN_FAST_TILES(R)                                                          \
+  {outer_tile_or_null<Args, packed, R, 1>(), outer_tile_or_null<Args, packed, R, 2>(), \
+   outer_tile_or_null<Args, packed, R, 3>(), outer_tile_or_null<Args, packed, R, 4>()}
     CHARRNN_FAST_TILES(1), CHARRNN_FAST_TILES(2), CHARRNN_FAST_TILES(3), CHARRNN_FAST_TILES(4),
     CHARRNN_FAST_TILES(5), CHARRNN_FAST_TILES(6)
 #undef CHARRNN_FAST_TILES
@@ -137,9 +141,9 @@ constexpr OuterTile<Args> kOuterTiles[6][4] = {
 template <typename scalar>
 class OuterProducts {
  public:
-  // Elements of work space, for so many columns of so many blocks.
-  static int64_t space(int64_t columns, int blocks) {
-    if (!kOuterPacks<scalar>) return 0;
+  // Elements of work space, for so many columns of so many blocks, `stride` apart.
+  static int64_t space(int64_t columns, int blocks, int64_t stride) {
+    if (!packs(blocks, stride)) return 0;
     return blocks * tiles(columns) * kTile + kPackedRows * kTileVectors * kLanes<PackedOf<scalar>>;
   }
 
@@ -151,8 +155,9 @@ class OuterProducts {
         stride_(stride),
         packed_a_(space),
         packed_b_(space),
+        packs_(packs(blocks, stride)),
         first_(first) {
-    if (!kOuterPacks<scalar>) return;
+    if (!packs_) return;
     for (int i = 0; i < blocks; ++i) pack_columns(i);
     packed_b_ += blocks * tiles(columns.last - columns.first) * kTile;
   }
@@ -162,6 +167,20 @@ class OuterProducts {
   template <typename Out, typename RowOf>
   void add(const scalar* const* b, int first_block, int blocks, const Panels<SumOf<scalar>>& panels,
            Out* out, const RowOf& row) const {
+    if constexpr (!kOuterPacks<scalar>) {
+      if (!packs_) return add_tiles<false>(b, first_block, blocks, panels, out, row);
+    }
+    add_tiles<true>(b, first_block, blocks, panels, out, row);
+  }
+
+ private:
+  static bool packs(int blocks, int64_t stride) {
+    return kOuterPacks<scalar> || blocks * stride * int64_t{sizeof(scalar)} >= kOuterPacksFrom;
+  }
+
+  template <bool packed, typename Out, typename RowOf>
+  void add_tiles(const scalar* const* b, int first_block, int blocks,
+                 const Panels<SumOf<scalar>>& panels, Out* out, const RowOf& row) const {
     using Args = OuterArgs<scalar, Out>;
     Args args = {.K = K_,
                  .a = a_,
@@ -176,13 +195,12 @@ class OuterProducts {
                  .column = 0,
                  .columns = 0};
     // Few rows of b stay in L1 while out is written from end to end; of more, a panel does.
-    const bool whole_rows =
-        !kOuterPacks<scalar> && K_ * panels.columns * int64_t{sizeof(scalar)} <= kRowsOfB;
+    const bool whole_rows = !packed && K_ * panels.columns * int64_t{sizeof(scalar)} <= kRowsOfB;
     const int64_t at_once = whole_rows ? kTileRows : columns_.last - columns_.first;
     for (Range rows = {columns_.first, 0}; rows.first < columns_.last; rows.first = rows.last) {
       rows.last = rows.first + at_once < columns_.last ? rows.first + at_once : columns_.last;
       for (int64_t p = 0; p < panels.count; ++p) {
-        if (kOuterPacks<scalar>) {
+        if constexpr (packed) {
           pack_rows<scalar>([&](int64_t k) { return b[k]; }, K_, panels, p, packed_b_);
         }
         args.column = panels.first_column(p);
@@ -194,15 +212,14 @@ class OuterProducts {
             args.a_column = block * stride_ + j;
             args.row = row(i) * stride_ + j;
             const int64_t height = rows.last - j < kTileRows ? rows.last - j : kTileRows;
-            kOuterTiles<Args>[height - 1][panels.width(p) - 1](args);
-            if (kOuterPacks<scalar>) args.packed_a += kTile;
+            kOuterTiles<Args, packed>[height - 1][panels.width(p) - 1](args);
+            if (packed) args.packed_a += kTile;
           }
         }
       }
     }
   }
 
- private:
   static constexpr int64_t kRowsOfB = 1 << 14;  // bytes of them in half of L1
 
   // Scalars from one packed tile of a to the next: a cache line more than it needs, lest the tiles
@@ -211,22 +228,31 @@ class OuterProducts {
   static constexpr int64_t kTile = kPackedRows * kTileRows + 64 / sizeof(PackedOf<scalar>);
   static int64_t tiles(int64_t columns) { return (columns + kTileRows - 1) / kTileRows; }
 
-  // The columns of a block, row by row, as they lie in memory.
+  // The columns of a block: those of a few tiles, which stay in L1, row by row.
   void pack_columns(int block) {
+    constexpr int64_t kTilesAtOnce = 8;
     const int64_t whole = (columns_.last - columns_.first) / kTileRows;
     const int64_t rest = (columns_.last - columns_.first) % kTileRows;
+    const int64_t first_column = block * stride_ + columns_.first;
     PackedOf<scalar>* const packed =
         packed_a_ + block * tiles(columns_.last - columns_.first) * kTile;
-    for (int64_t k = 0; k < packed_rows<scalar>(K_); ++k) {
-      const auto of_terms = rows_of_terms<scalar>([&](int64_t i) { return a_[i]; }, k, K_);
-      PackedOf<scalar>* target = packed + k * kTileRows;
-      int64_t column = block * stride_ + columns_.first;
-      for (int64_t tile = 0; tile < whole; ++tile) {
-        pack_terms(of_terms, column, kTileRows, target);
-        column += kTileRows;
-        target += kTile;
+    const auto of_terms = [&](int64_t k) __attribute__((always_inline)) {
+      return rows_of_terms<scalar>([&](int64_t i) { return a_[i]; }, k, K_);
+    };
+    const int64_t rows = packed_rows<scalar>(K_);
+    for (int64_t first = 0; first < whole; first += kTilesAtOnce) {
+      const int64_t last = whole - first < kTilesAtOnce ? whole : first + kTilesAtOnce;
+      for (int64_t k = 0; k < rows; ++k) {
+        const auto terms = of_terms(k);
+        for (int64_t tile = first; tile < last; ++tile) {
+          pack_terms(terms, first_column + tile * kTileRows, kTileRows,
+                     packed + tile * kTile + k * kTileRows);
+        }
       }
-      pack_terms(of_terms, column, rest, packed + whole * kTile + k * rest);
+    }
+    for (int64_t k = 0; rest > 0 && k < rows; ++k) {
+      pack_terms(of_terms(k), first_column + whole * kTileRows, rest,
+                 packed + whole * kTile + k * rest);
     }
   }
 
@@ -236,6 +262,7 @@ class OuterProducts {
   int64_t stride_;
   PackedOf<scalar>* packed_a_;
   PackedOf<scalar>* packed_b_;
+  bool packs_;
   bool first_;
 };
 
