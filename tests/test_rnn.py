@@ -55,6 +55,17 @@ def test_as_accurate_as_stock(isa, kind, options, shape):
     assert_as_accurate(got, run(stock, x, hx), exact_run(stock, x, hx), terms)
 
 
+def test_large_layer_as_accurate_as_stock(isa, kind):
+    """Weights that are prefetched while others are multiplied, and rows of deltas that are packed for
+    the weights' gradients, which on AVX-512 only rows of 8 KB and more are."""
+    T, B, I, H = 6, 25, 130, 2060 if kind.gates == 1 else 517
+    stock, ours = kind.pair(I, H)
+    x, hx = torch.randn(T, B, I), kind.state(1, B, H)
+    with assert_fused():
+        got = run(ours, x, hx)
+    assert_as_accurate(got, run(stock, x, hx), exact_run(stock, x, hx), rounding_of(ours, x))
+
+
 @pytest.mark.parametrize(("kind", "mode"), MODES, ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_against_the_formula(isa, kind, mode, bidirectional):

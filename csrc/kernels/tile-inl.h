@@ -94,6 +94,13 @@ constexpr int rows_of_running_tile(int width) {
   return kAccumulators / 2 / (width * chains_of_lone_panel(width));
 }
 
+// Bytes of packed weights from which on they are prefetched while the part before them is
+// multiplied: no core's L2 keeps so many from step to step.
+constexpr int64_t kAheadFrom = int64_t{1} << 20;
+// What a tile prefetches in every round of its loop: a cache line.
+template <typename scalar>
+constexpr int64_t kAheadAtOnce = 64 / sizeof(PackedOf<scalar>);
+
 // Operands of a tile. init and out point at whole rows, of a dtype or of its sums. A tile that
 // holds whole rows may run several steps, its output being the next one's input: then the rows of
 // each step lie *_step scalars behind those of the one before.
@@ -114,6 +121,11 @@ struct TileArgs {
   Out* const* out = nullptr;
   int64_t column = 0;   // of the panel
   int64_t columns = 0;  // that exist, from there on
+  // The part of packed weights that is multiplied next, from where it is not yet prefetched; null:
+  // nothing is.
+  const PackedOf<scalar>* ahead = nullptr;
+  const PackedOf<scalar>* ahead_end = nullptr;
+  bool looks_ahead = false;
   int64_t steps = 1;
   int64_t a_step = 0, init_step = 0, out_step = 0;
 
@@ -213,17 +225,27 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) End::template prefetch<P>(args, first_row + r, s);
       }
+      // A tile of few rows takes no longer than what it would prefetch.
+      constexpr bool kLooksAhead = !lone && R > rows_of_several_blocks(W);
       if constexpr (kPrefetches && C == 1) {
         // Many go row by row between the sums, whose own loads would have to wait for a core's miss
         // buffers. For few that does not pay: each short loop ends in a branch that is mispredicted
         // where a busy sibling shares the predictor.
         constexpr int kFewLines = 12;
         const bool few = R * End::template lines<P>(args) <= kFewLines;
-        const int64_t between = few ? 0 : terms / ((R + 1) * kAtOnce) * kAtOnce;
+        const int64_t between =
+            few || args.ahead != nullptr ? 0 : terms / ((R + 1) * kAtOnce) * kAtOnce;
 #pragma GCC unroll 1
         for (int r = 0; r < R && first == 0; ++r) {
           End::template prefetch<P>(args, first_row + r, s);
           for (const int64_t end = k + between; k < end; k += kAtOnce) step(k);
+        }
+      }
+      if (kLooksAhead && args.ahead != nullptr) {
+        const PackedOf<scalar>* ahead = args.ahead;
+        for (; k + kAtOnce <= terms; k += kAtOnce, ahead += kAheadAtOnce<scalar>) {
+          __builtin_prefetch(ahead, 0, 2);  // into L2: L1 has no room
+          step(k);
         }
       }
       for (; k + kAtOnce <= terms; k += kAtOnce) step(k);
@@ -356,13 +378,17 @@ int64_t rows_of_running_tile(const Panels<Sum>& panels) {
 
 // The product of any number of rows with the panel that args name, `width` vectors wide.
 template <typename Args>
-ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], const Args& args, int64_t rows,
-                             int width) {
+ALWAYS_INLINE void run_tiles(const Tile<Args> (&tiles)[6][4], Args& args, int64_t rows, int width) {
+  using scalar = typename Args::Scalar;
   const int64_t tallest = tallest_tile(width);
   for (int64_t first = 0; first < rows;) {
     const int64_t height = tile_height(rows - first, tallest);
     tiles[height - 1][width - 1](args, first);
     first += height;
+    if (args.ahead != nullptr) {
+      args.ahead += args.K / (kTerms<scalar> * kTermsAtOnce) * kAheadAtOnce<scalar>;
+      if (args.ahead >= args.ahead_end) args.ahead = nullptr;
+    }
   }
 }
 
@@ -380,6 +406,7 @@ void multiply_rows_in_blocks(Args block, int64_t rows, int width) {
   Sum* partial_rows[apart ? kBlockSlots : 1];
   auto* const out = block.out;
   const int64_t column = block.column, columns = block.columns;
+  const auto *const next_panel = block.ahead, *const next_panel_end = block.ahead_end;
   if constexpr (apart) {
     for (int64_t i = 0; i < rows; ++i) partial_rows[i] = partial + i * kColumns;
     block.out = partial_rows;
@@ -388,10 +415,13 @@ void multiply_rows_in_blocks(Args block, int64_t rows, int width) {
   }
   int64_t left = block.K;
   block.K = kTermsOfBlock;
+  const int64_t size = kTermsOfBlock * width * kLanes<scalar>;
   for (; left > kTermsOfBlock; left -= kTermsOfBlock) {
+    block.ahead = block.looks_ahead ? block.panel + size : nullptr;
+    block.ahead_end = block.panel + 2 * size;
     run_tiles(kTiles<Args, Store<>, false>, block, rows, width);
     block.first_k += kTermsOfBlock;
-    block.panel += kTermsOfBlock * width * kLanes<scalar>;
+    block.panel += size;
     block.init = block.out;
     block.init_column = block.column;
     block.init_step = block.out_step;
@@ -400,6 +430,8 @@ void multiply_rows_in_blocks(Args block, int64_t rows, int width) {
   block.out = out;
   block.column = column;
   block.columns = columns;
+  block.ahead = next_panel;
+  block.ahead_end = next_panel_end;
   run_tiles(kTiles<Args, End, false>, block, rows, width);
 }
 
@@ -432,9 +464,15 @@ void multiply_rows(TileArgs<scalar, Init, Out>& args, int64_t rows,
 }
 
 // The product with some panels, from the first on or from the last.
+//
+// A core's own prefetchers stop at the end of what is read, and come back to it for every tile: of
+// weights in L3 the first tile of each block would wait for nearly all of them.
 template <typename End, typename scalar, typename Init, typename Out>
 void multiply(TileArgs<scalar, Init, Out>& args, int64_t rows, const Panels<SumOf<scalar>>& panels,
               Range mine, const PackedOf<scalar>* packed, bool backwards = false) {
+  const int64_t terms = args.K < kChainTerms<scalar> ? args.K : kChainTerms<scalar>;
+  args.looks_ahead =
+      packed_size<scalar>(panels, args.K) * int64_t{sizeof(PackedOf<scalar>)} >= kAheadFrom;
   while (mine.first < mine.last) {
     const int64_t at = backwards ? mine.last - 1 : mine.first;
     int64_t n = 1;
@@ -444,12 +482,20 @@ void multiply(TileArgs<scalar, Init, Out>& args, int64_t rows, const Panels<SumO
       const bool there = other >= mine.first && other < mine.last;
       if (there && panels.width(other) == panels.width(at)) n = most;
     }
-    multiply_rows<End>(args, rows, panels, backwards ? mine.last - n : mine.first, n, packed);
+    const int64_t first = backwards ? mine.last - n : mine.first;
     if (backwards) {
       mine.last -= n;
     } else {
       mine.first += n;
     }
+    args.ahead = nullptr;
+    if (args.looks_ahead && mine.first < mine.last) {
+      const int64_t next = backwards ? mine.last - 1 : mine.first;
+      args.ahead = packed + packed_place<scalar>(panels, next, args.K);
+      args.ahead_end =
+          args.ahead + packed_rows<scalar>(terms) * panels.width(next) * kLanes<SumOf<scalar>>;
+    }
+    multiply_rows<End>(args, rows, panels, first, n, packed);
   }
 }
 
