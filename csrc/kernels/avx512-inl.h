@@ -70,6 +70,34 @@ ALWAYS_INLINE __m512 tanh_by_pieces(__m512 x) {
       _mm512_ternarylogic_epi32(_mm512_castps_si512(y), _mm512_castps_si512(x), sign, 0xF8));
 }
 
+// The sums of the lanes of n <= 16 vectors, in the first n lanes: of each vector its halves are
+// added, then the halves of that, and so on; and two vectors at once.
+#define CHARRNN_FAST_SUMS_OF_LANES
+template <int n>
+ALWAYS_INLINE __m512 sums_of_lanes(const __m512* v) {
+  // Four vectors to their quarters: in quarter q the sums of v[first + stride * q].
+  const auto quarters = [&](int first, int stride) __attribute__((always_inline)) {
+    __m512 half[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int at = first + 2 * i * stride;
+      const __m512 a = at < n ? v[at] : __m512{}, b = at + stride < n ? v[at + stride] : __m512{};
+      half[i] = _mm512_maskz_shuffle_f32x4(kAll, a, b, 0x44) +
+                _mm512_maskz_shuffle_f32x4(kAll, a, b, 0xEE);
+    }
+    return _mm512_maskz_shuffle_f32x4(kAll, half[0], half[1], 0x88) +
+           _mm512_maskz_shuffle_f32x4(kAll, half[0], half[1], 0xDD);
+  };
+  const auto pairs = [&](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return _mm512_maskz_shuffle_ps(kAll, a, b, 0x44) + _mm512_maskz_shuffle_ps(kAll, a, b, 0xEE);
+  };
+  // Lane 4q + p is that of v[4q + p]; of up to eight vectors they come twice.
+  const __m512 low = pairs(quarters(0, 4), quarters(1, 4));
+  const __m512 high = n > 2 ? pairs(quarters(2, 4), quarters(3, 4)) : low;
+  return _mm512_maskz_shuffle_ps(kAll, low, high, 0x88) +
+         _mm512_maskz_shuffle_ps(kAll, low, high, 0xDD);
+}
+
 // A block of sixteen rows, `stride` apart: column k of it goes to target + k * target_stride.
 #define CHARRNN_FAST_TRANSPOSE
 ALWAYS_INLINE void transpose_lanes(const float* source, int64_t stride, float* target,

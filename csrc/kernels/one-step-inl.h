@@ -37,24 +37,48 @@ ALWAYS_INLINE Few<scalar> folded(V v) {
 }
 
 // The sum of the lanes of each of kFew vectors.
-ALWAYS_INLINE Few<float> sums_of_lanes(const Vec<float>* v) {
+ALWAYS_INLINE Few<float> sums_of_few(const Vec<float>* v) {
   const Few<float> a = folded<float>(v[0]), b = folded<float>(v[1]);
   const Few<float> c = folded<float>(v[2]), d = folded<float>(v[3]);
   const Few<float> ab = SHUFFLE4(a, b, 0, 4, 1, 5) + SHUFFLE4(a, b, 2, 6, 3, 7);
   const Few<float> cd = SHUFFLE4(c, d, 0, 4, 1, 5) + SHUFFLE4(c, d, 2, 6, 3, 7);
   return SHUFFLE4(ab, cd, 0, 1, 4, 5) + SHUFFLE4(ab, cd, 2, 3, 6, 7);
 }
-ALWAYS_INLINE Few<double> sums_of_lanes(const Vec<double>* v) {
+ALWAYS_INLINE Few<double> sums_of_few(const Vec<double>* v) {
   const Few<double> a = folded<double>(v[0]), b = folded<double>(v[1]);
   return Few<double>{a[0], b[0]} + Few<double>{a[1], b[1]};
 }
 
-// Rows and columns of a tile, which fills as many registers with sums as a tile of tile-inl.h.
-constexpr int kOneStepRows = kTileVectors;
-constexpr int kOneStepColumns = kTileRows;
+// The sum of the lanes of each of n vectors, all in the same order. out has room for whole vectors.
+template <int n, typename Sum>
+ALWAYS_INLINE void store_sums_of_lanes(const Vec<Sum>* v, Sum* out) {
+#ifdef CHARRNN_FAST_SUMS_OF_LANES
+  if constexpr (sizeof(Sum) == 4) {
+    constexpr int L = kLanes<Sum>;
+    store(out, sums_of_lanes<(n < L ? n : L)>(v));
+    if constexpr (n > L) store_sums_of_lanes<n - L, Sum>(v + L, out + L);
+    return;
+  }
+#endif
+  constexpr int F = kFew<Sum>;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i += F) {
+    Vec<Sum> few[F];
+#pragma GCC unroll 4
+    for (int j = 0; j < F; ++j) few[j] = i + j < n ? v[i + j] : Vec<Sum>{};
+    const Few<Sum> sums = sums_of_few(few);
+    std::memcpy(out + i, &sums, sizeof(sums));
+  }
+}
+
+// Columns of a tile, and its rows, which fill as many registers with sums as a tile of tile-inl.h.
+// A row alone wants more columns, as a core wants about eight chains of multiply-adds at once.
+constexpr int kOneStepColumns = 4;
+constexpr int kOneStepRows = kTileRows * kTileVectors / kOneStepColumns;
+constexpr int kColumnsOfOneRow = 8;
 
 // Rows and columns that are computed together, if the cell has one sum.
-constexpr int64_t kOneStepBlock = 48;
+constexpr int64_t kOneStepBlock = 96;
 constexpr int64_t kOneStepWidth = 16 * kOneStepColumns;
 
 // Terms of a sum that are added at once, so that those columns' weights stay in L1 while the rows
@@ -99,18 +123,17 @@ template <int R, int C, typename scalar>
 __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_t first_row) {
   using Sum = SumOf<scalar>;
   constexpr int64_t L = kLanes<scalar>;
-  constexpr int F = kFew<Sum>;
-  const auto initial = [&](int r, int c) __attribute__((always_inline)) {
-    if (args.bias == nullptr) return args.sums[first_row + r][args.column + c];
-    if (args.ids == nullptr) return args.bias[c];
-    return args.bias[c] + as_sum(args.W_ih[c * args.I + args.ids[first_row + r]]);
-  };
-  constexpr int kSums = (R * C + F - 1) / F * F;
-  Vec<Sum> sum[kSums];
+  Vec<Sum> sum[R * C];
 #pragma GCC unroll 32
   for (int i = 0; i < R * C; ++i) sum[i] = Vec<Sum>{};
   const auto add_terms = [&](const scalar* const* rows, const scalar* W, int64_t K,
                              Range terms) __attribute__((always_inline)) {
+    // Of the next columns' weights each tile prefetches a row, as the first one to read them would
+    // have to wait for all. An address, as there may be none; a prefetch beyond memory does
+    // nothing.
+    constexpr bool kLooksAhead = R == kOneStepRows && C == kOneStepColumns;
+    const auto ahead =
+        reinterpret_cast<uintptr_t>(W) + (C + first_row / R % C) * K * sizeof(scalar);
     const scalar *a[R], *b[C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[first_row + r];
@@ -130,26 +153,31 @@ __attribute__((noinline)) void one_step_tile(const OneStep<scalar>& args, int64_
       }
     };
     int64_t k = terms.first;
-    for (; k + L <= terms.last; k += L) multiply(k, L);
+    for (; k + L <= terms.last; k += L) {
+      if constexpr (kLooksAhead) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + k * sizeof(scalar)), 0, 2);
+      }
+      multiply(k, L);
+    }
     if (k < terms.last) multiply(k, terms.last - k);
   };
   if (args.of_x.last > 0) add_terms(args.x, args.W_ih, args.I, args.of_x);
   if (args.of_h.last > 0) add_terms(args.h, args.W_hh, args.H, args.of_h);
 
-  Sum out[kSums];
-#pragma GCC unroll 8
-  for (int i = R * C; i < kSums; ++i) sum[i] = Vec<Sum>{};
-#pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += F) {
-    const Few<Sum> sums = sums_of_lanes(sum + i);
-    std::memcpy(out + i, &sums, sizeof(sums));
-  }
+  Sum out[R * C + kLanes<Sum>];
+  store_sums_of_lanes<R * C, Sum>(sum, out);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      args.sums[first_row + r][args.column + c] = initial(r, c) + out[r * C + c];
+    Sum* const to = args.sums[first_row + r] + args.column;
+    Sum initial[C];
+    std::memcpy(initial, args.bias != nullptr ? args.bias : to, sizeof(initial));
+    if (args.bias != nullptr && args.ids != nullptr) {
+      const scalar* column = args.W_ih + args.ids[first_row + r];
+      for (int c = 0; c < C; ++c) initial[c] += as_sum(column[c * args.I]);
     }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) out[r * C + c] += initial[c];
+    std::memcpy(to, out + r * C, sizeof(initial));
   }
 }
 
@@ -158,14 +186,16 @@ template <int C, typename scalar>
 void one_step_columns(const OneStep<scalar>& args, int64_t rows) {
   constexpr int R = kOneStepRows;
   int64_t row = 0;
-  for (; row + R <= rows; row += R) one_step_tile<R, C>(args, row);
-  if constexpr (R > 2) {
-    if (row + 2 <= rows) {
-      one_step_tile<2, C>(args, row);
-      row += 2;
+  if constexpr (C <= kOneStepColumns) {
+    for (; row + R <= rows; row += R) one_step_tile<R, C>(args, row);
+    if constexpr (R > 4) {
+      for (; row + 4 <= rows; row += 4) one_step_tile<4, C>(args, row);
+    }
+    if constexpr (R > 2) {
+      for (; row + 2 <= rows; row += 2) one_step_tile<2, C>(args, row);
     }
   }
-  if (row < rows) one_step_tile<1, C>(args, row);
+  for (; row < rows; ++row) one_step_tile<1, C>(args, row);
 }
 
 // The biases of one sum of units [first, last), zero beyond the last one that exists.
@@ -200,8 +230,11 @@ void one_step_sums(const ForwardArgs<scalar>& args, OneStep<scalar> step, int su
   const int64_t of_x_alone = of_x.count > 1 ? of_x.count - 1 : 0;
   const int64_t sweeps = of_x_alone + (of_h.count > 1 ? of_h.count : 1);
   for (int64_t column = 0; column < units;) {
-    const int64_t width = units - column < C ? 1 : C;
-    Sum bias[C] = {};
+    const int64_t left = units - column;
+    const int64_t width = rows == 1 && left >= kColumnsOfOneRow ? kColumnsOfOneRow
+                          : left >= C                           ? C
+                                                                : 1;
+    Sum bias[kColumnsOfOneRow] = {};
     add_biases<CellType>(args, sum, from + column, from + column + width, bias);
     step.column = first_column + column;
     step.bias = bias;
@@ -210,7 +243,9 @@ void one_step_sums(const ForwardArgs<scalar>& args, OneStep<scalar> step, int su
     for (int64_t i = 0; i < sweeps; ++i) {
       step.of_x = of_x[i];
       step.of_h = of_h[i - of_x_alone];
-      if (width == C) {
+      if (width == kColumnsOfOneRow) {
+        one_step_columns<kColumnsOfOneRow>(step, rows);
+      } else if (width == C) {
         one_step_columns<C>(step, rows);
       } else {
         one_step_columns<1>(step, rows);
