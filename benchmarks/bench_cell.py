@@ -8,8 +8,8 @@ from .common import CELLS, Problem, Shape, Side
 
 STEPS = {
     "RNN": [(B, H) for B in (1, 16, 256) for H in (12, 128, 256, 512, 1024, 2048)],
-    "LSTM": [(B, H) for B in (1, 16) for H in (40, 128, 256, 512)],
-    "GRU": [(B, H) for B in (1, 16) for H in (40, 128, 256, 512)],
+    "LSTM": [(B, H) for B in (1, 16, 256) for H in (40, 128, 256, 512)],
+    "GRU": [(B, H) for B in (1, 16, 256) for H in (40, 128, 256, 512)],
 }
 CASES = [(cell, B, H) for cell, sizes in STEPS.items() for B, H in sizes]
 GRADIENT_CASES = [

@@ -37,6 +37,7 @@ class Replacement:
 
     changed: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    _classes: list[str] = field(default_factory=list, repr=False)  # of those changed
     _modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -46,7 +47,10 @@ class Replacement:
         self._modules.clear()
 
     def __str__(self) -> str:
-        lines = [f"changed {name or '(the model itself)'}" for name in self.changed]
+        lines = [
+            f"changed {name or '(the model itself)'} to {ours}"
+            for name, ours in zip(self.changed, self._classes, strict=True)
+        ]
         lines += [f"left {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
         return "\n".join(lines) or "no recurrent module found"
 
@@ -86,6 +90,7 @@ def replace_rnn(model: nn.Module) -> Replacement:
             report._modules.append((module, type(module)))
             module.__class__ = target
             report.changed.append(name)
+            report._classes.append(f"charrnn_fast.{target.__name__}")
         elif isinstance(module, Fused):
             report.left[name] = "it is charrnn_fast's already"
         elif isinstance(module, tuple(_SWAPS)):

@@ -90,6 +90,7 @@ def test_report(kind):
     assert "subclass" in report.left["own"]
     assert "already" in report.left["ours"]
     assert len(str(report).splitlines()) == 3
+    assert f" to charrnn_fast.{kind.ours.__name__}\n" in str(report)
     assert type(model["own"]) is Own
 
 

@@ -56,8 +56,8 @@ def test_as_accurate_as_stock(isa, kind, options, shape):
 
 
 def test_large_layer_as_accurate_as_stock(isa, kind):
-    """Weights that are prefetched while others are multiplied, and rows of deltas that are packed for
-    the weights' gradients, which on AVX-512 only rows of 8 KB and more are."""
+    """Large weights are prefetched while others are multiplied, and large rows of deltas are packed
+    for the weights' gradients, where AVX-512 reads others in place."""
     T, B, I, H = 6, 25, 130, 2060 if kind.gates == 1 else 517
     stock, ours = kind.pair(I, H)
     x, hx = torch.randn(T, B, I), kind.state(1, B, H)
