@@ -339,9 +339,11 @@ constexpr Tile<Args> kTiles[6][4] = {
 static_assert(kTileRows <= 6 && kTileVectors <= 4);
 
 // Panels that a tile of few rows takes side by side: each sum is a chain of latencies, and a core
-// wants about eight of them at once.
+// wants about eight of them at once. Of whole cache lines four keep up with L2, and two panels at
+// once are slower.
 constexpr int panels_abreast(int64_t rows, int width) {
-  return width > 1 && rows * width <= 4 ? 8 / (static_cast<int>(rows) * width) : 1;
+  const bool few = kVectorBytes < 64 && width > 1 && rows * width <= 4;
+  return few ? 8 / (static_cast<int>(rows) * width) : 1;
 }
 
 template <typename Args, typename End, int R, int W>
