@@ -91,7 +91,7 @@ ALWAYS_INLINE __m512 sums_of_lanes(const __m512* v) {
   const auto pairs = [&](__m512 a, __m512 b) __attribute__((always_inline)) {
     return _mm512_maskz_shuffle_ps(kAll, a, b, 0x44) + _mm512_maskz_shuffle_ps(kAll, a, b, 0xEE);
   };
-  // Lane 4q + p is that of v[4q + p]; of up to eight vectors they come twice.
+  // Lane 4q + p is that of v[4q + p]; what lies in the lanes from n on is not wanted.
   const __m512 low = pairs(quarters(0, 4), quarters(1, 4));
   const __m512 high = n > 2 ? pairs(quarters(2, 4), quarters(3, 4)) : low;
   return _mm512_maskz_shuffle_ps(kAll, low, high, 0x88) +

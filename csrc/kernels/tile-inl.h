@@ -95,7 +95,7 @@ constexpr int rows_of_running_tile(int width) {
 }
 
 // Bytes of packed weights from which on they are prefetched while the part before them is
-// multiplied: no core's L2 keeps so many from step to step.
+// multiplied: beside all else that a step reads, L2 hardly keeps so many until the next one.
 constexpr int64_t kAheadFrom = int64_t{1} << 20;
 // What a tile prefetches in every round of its loop: a cache line.
 template <typename scalar>
@@ -233,8 +233,8 @@ __attribute__((noinline)) void tile(const Args& args, int64_t first_row) {
         // where a busy sibling shares the predictor.
         constexpr int kFewLines = 12;
         const bool few = R * End::template lines<P>(args) <= kFewLines;
-        const int64_t between =
-            few || args.ahead != nullptr ? 0 : terms / ((R + 1) * kAtOnce) * kAtOnce;
+        const bool at_once = few || (kLooksAhead && args.ahead != nullptr);
+        const int64_t between = at_once ? 0 : terms / ((R + 1) * kAtOnce) * kAtOnce;
 #pragma GCC unroll 1
         for (int r = 0; r < R && first == 0; ++r) {
           End::template prefetch<P>(args, first_row + r, s);
